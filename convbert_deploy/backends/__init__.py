@@ -1,0 +1,1 @@
+"""One file per runtime; nothing outside this package imports onnxruntime or TensorRT."""
