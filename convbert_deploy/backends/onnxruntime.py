@@ -1,0 +1,122 @@
+"""ONNX Runtime on CPU and CUDA: the only file that imports it."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from convbert_deploy.backends.base import Batch, RunnerOptions
+from convbert_deploy.errors import EngineError, MissingDependencyError
+
+_ERRORS_ONLY = 3
+
+
+def import_onnxruntime() -> Any:
+    """Raises MissingDependencyError where the package is absent."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "onnxruntime", needed_for="the onnxruntime backend", extra="ort"
+        ) from error
+    return onnxruntime
+
+
+def cuda_available() -> bool:
+    """True where ONNX Runtime was built for CUDA and a device answers."""
+    try:
+        onnxruntime = import_onnxruntime()
+    except MissingDependencyError:
+        return False
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return False
+    from convbert_deploy.environment import gpu_names
+
+    return bool(gpu_names())
+
+
+class OnnxRuntimeRunner:
+    """One session. ``library`` holds our operators; without it the graph's functions are inlined."""
+
+    def __init__(
+        self,
+        model: pathlib.Path | bytes,
+        options: RunnerOptions | None = None,
+        *,
+        library: pathlib.Path | None = None,
+        cuda: bool = False,
+        optimize: bool = True,
+        name: str = "onnxruntime-cpu",
+    ) -> None:
+        self.name = name
+        self._model = model if isinstance(model, bytes) else str(model)
+        self._options = options or RunnerOptions()
+        self._library, self._cuda, self._optimize = library, cuda, optimize
+        self._session: Any = None
+        self.input_names: tuple[str, ...] = ()
+        self.output_names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_model(cls, model: Any, **kwargs: Any) -> OnnxRuntimeRunner:
+        """A runner on an ``onnx.ModelProto`` in memory (below 2 GiB)."""
+        return cls(model.SerializeToString(), **kwargs)
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        onnxruntime = import_onnxruntime()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if self._options.threads is not None:
+            options.intra_op_num_threads = self._options.threads
+        if not self._optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if self._library is not None:
+            options.register_custom_ops_library(str(self._library))
+        providers = ["CUDAExecutionProvider"] if self._cuda else []
+        try:
+            self._session = onnxruntime.InferenceSession(
+                self._model, options, providers=[*providers, "CPUExecutionProvider"]
+            )
+        except Exception as error:  # the binding raises its own unrelated types
+            raise EngineError(f"ONNX Runtime cannot load the graph: {error}") from error
+        if self._cuda and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise EngineError(
+                "ONNX Runtime fell back to the CPU: its CUDA provider did not start",
+                hint="convbert-deploy doctor",
+            )
+        self.input_names = tuple(value.name for value in self._session.get_inputs())
+        self.output_names = tuple(value.name for value in self._session.get_outputs())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._session = None
+
+    def infer(self, batch: Batch) -> dict[str, np.ndarray]:
+        feed = {name: batch[name] for name in self.input_names}
+        return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
+
+
+def intermediates(
+    model: Any, batch: Batch, *, library: pathlib.Path | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """Run ``model`` (onnx.ModelProto) with every intermediate as an output.
+
+    Yields:
+        (tensor name, NaN count, infinity count) for each floating-point tensor.
+    """
+    import onnx
+
+    opened = onnx.ModelProto()
+    opened.CopyFrom(model)
+    known = {value.name for value in opened.graph.output}
+    for node in opened.graph.node:
+        for output in node.output:
+            if output and output not in known:
+                opened.graph.output.append(onnx.ValueInfoProto(name=output))
+    runner = OnnxRuntimeRunner(opened.SerializeToString(), library=library, optimize=False)
+    with runner:
+        for name, array in runner.infer(batch).items():
+            if np.issubdtype(array.dtype, np.floating):
+                yield name, int(np.isnan(array).sum()), int(np.isinf(array).sum())

@@ -1,0 +1,232 @@
+"""Checkpoint in, one proven ONNX graph out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from convbert_deploy.architecture import Task
+from convbert_deploy.checkpoint import Checkpoint
+from convbert_deploy.errors import GraphError, MissingDependencyError
+from convbert_deploy.graph import GraphInfo, set_info, write_graph
+from convbert_deploy.precision import Precision
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from convbert_deploy.parity import ParityReport
+
+#: GELU became a standard operator in opset 20; nothing newer is used
+OPSET = 20
+_VERSIONED = ("convbert-deploy", "torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """padding: ``hf`` or ``masked`` (see ``traceable.Padding``). check: compare the written file
+    with the eager model before it gets its name. command: recorded in the file."""
+
+    padding: str = "hf"
+    check: bool = True
+    command: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    path: pathlib.Path
+    info: GraphInfo
+    nodes: int
+    parity: ParityReport | None
+
+
+def export(
+    checkpoint: Checkpoint,
+    target: pathlib.Path,
+    options: ExportOptions | None = None,
+    progress: Progress = lambda _: None,
+) -> ExportResult:
+    """Trace, tidy, check against eager, and only then write ``target`` (and STEM.tokenizer).
+
+    Raises:
+        CheckpointError: the tensors do not make the task's model.
+        GraphError: the graph computes something else than the eager model.
+        OutputError: ``target`` cannot be written.
+    """
+    options = options or ExportOptions()
+    progress("loading the eager model")
+    eager = checkpoint.eager_model()
+    progress("tracing")
+    model = traced_graph(eager, checkpoint.task, options.padding)
+    info = GraphInfo(
+        architecture=checkpoint.architecture,
+        task=checkpoint.task,
+        labels=checkpoint.labels,
+        problem_type=checkpoint.problem_type,
+        padding=options.padding,
+        precision=Precision.FP32,
+        opset=OPSET,
+        chain=(checkpoint.origin(),),
+        versions=_versions(),
+        command=options.command,
+    )
+    set_info(model, info)
+    report = None
+    if options.check:
+        progress("checking against the eager model")
+        report = _self_check(model, checkpoint, eager, options)
+    progress("writing")
+    write_graph(model, target, checkpoint.tokenizer_files)
+    return ExportResult(target, info, len(model.graph.node), report)
+
+
+def traced_graph(eager: Any, task: Task, padding: str = "hf") -> onnx.ModelProto:
+    """Trace ``eager`` and tidy the result; metadata is not set.
+
+    The graph's inputs are ``input_ids``, ``attention_mask``, ``token_type_ids``: int64 of shape
+    (batch, seq), or (batch, choices, seq) for multiple choice. Its outputs are float32.
+    """
+    import onnx_ir as ir
+
+    return ir.to_proto(tidy(_trace(eager, task, padding), task))
+
+
+def _trace(eager: Any, task: Task, padding: str) -> ir.Model:
+    try:
+        import onnxscript  # noqa: F401  torch's exporter needs it
+        import torch
+    except ImportError as error:
+        raise MissingDependencyError(
+            error.name or "onnxscript", needed_for="export", extra="export"
+        ) from error
+    from convbert_deploy.custom_op import translation_table
+    from convbert_deploy.traceable import Padding, TraceableModel
+
+    traceable = TraceableModel(eager, task, Padding(padding)).eval()
+    sizes = {"batch": 2, "choices": 3, "seq": 16}
+    shape = [sizes[axis] for axis in task.input_axes]
+    # three tensors, not one thrice: the tracer would take equal objects for one input
+    inputs = tuple(torch.ones(shape, dtype=torch.int64) for _ in range(3))
+    limit = eager.config.max_position_embeddings
+    dims = {
+        "batch": torch.export.Dim("batch", min=1),
+        "choices": torch.export.Dim("choices", min=1),
+        "seq": torch.export.Dim("seq", min=1, max=limit),
+    }
+    axes = {index: dims[axis] for index, axis in enumerate(task.input_axes)}
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            torch.export.export(
+                traceable, inputs, dynamic_shapes=(axes,) * 3, strict=False
+            ),
+            (),
+            input_names=["input_ids", "attention_mask", "token_type_ids"],
+            output_names=list(task.output_names),
+            opset_version=OPSET,
+            custom_translation_table=translation_table(),
+            dynamo=True,
+            verbose=False,
+        )
+    return program.model
+
+
+def tidy(model: ir.Model, task: Task) -> ir.Model:
+    """Run the passes, name the axes, attach the operator's function."""
+    import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+    from convbert_deploy import passes
+    from convbert_deploy.custom_op import DOMAIN, DOMAIN_VERSION, OP_TYPE, function_proto
+
+    sequence = ir.passes.Sequential(
+        passes.ConstantReshape(),
+        RemoveUnusedNodesPass(),
+        passes.SharedWeights(),
+        passes.ReadableNames(),
+        RemoveUnusedOpsetsPass(),
+    )
+    model = sequence(model).model
+    for value in model.graph.inputs:
+        value.shape = ir.Shape(task.input_axes)
+    for value in model.graph.outputs:
+        value.shape = _output_shape(task, value)
+    operators = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OP_TYPE)]
+    kinds = {(n.attributes["num_heads"].value, n.attributes["kernel_size"].value) for n in operators}
+    if len(kinds) != 1:
+        raise GraphError(f"traced {len(operators)} {OP_TYPE} nodes of kinds {kinds}, expected one kind")
+    function = ir.from_proto(function_proto(*kinds.pop(), opset=OPSET))
+    model.functions[function.identifier()] = function
+    model.opset_imports[DOMAIN] = DOMAIN_VERSION
+    model.producer_name, model.producer_version = "convbert-deploy", _own_version()
+    model.graph.name = f"convbert-{task}"
+    model.metadata_props.clear()
+    return model
+
+
+def _output_shape(task: Task, value: ir.Value) -> ir.Shape:
+    import onnx_ir as ir
+
+    axes = {
+        Task.SEQUENCE_CLASSIFICATION: ("batch",),
+        Task.MULTIPLE_CHOICE: ("batch", "choices"),
+        Task.QUESTION_ANSWERING: ("batch", "seq"),
+    }.get(task, ("batch", "seq"))
+    if task in (Task.MULTIPLE_CHOICE, Task.QUESTION_ANSWERING):
+        return ir.Shape(axes)
+    assert value.shape is not None  # the tracer always knows its outputs
+    return ir.Shape((*axes, value.shape[-1]))
+
+
+def _self_check(
+    model: onnx.ModelProto, checkpoint: Checkpoint, eager: Any, options: ExportOptions
+) -> ParityReport:
+    from convbert_deploy.backends.eager import EagerRunner
+    from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
+    from convbert_deploy.parity import ParityShapes, compare, parity_batches
+    from convbert_deploy.tolerances import tolerance_for
+
+    batches = parity_batches(checkpoint.architecture, checkpoint.task, ParityShapes(), seed=0)
+    reference = EagerRunner(eager, checkpoint.task, padding=options.padding)
+    with reference, OnnxRuntimeRunner.from_model(model, name="onnx fp32") as candidate:
+        report = compare(reference, candidate, batches, tolerance_for("onnx", Precision.FP32))
+    if not report.passed:
+        raise GraphError(
+            f"the exported graph differs from the eager model: {report.reason}; nothing was written"
+        )
+    return report
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _own_version() -> str:
+    from convbert_deploy import __version__
+
+    return __version__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter logs about packages we do not use; its errors still get through."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
