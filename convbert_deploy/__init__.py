@@ -1,3 +1,60 @@
-"""ConvBERT in production: export, build engines, prove them equal, time them, serve them."""
+"""ConvBERT in production: export, build engines, prove them equal, time them, ask them.
+
+The same verbs as the command line::
+
+    import convbert_deploy as cd
+
+    checkpoint = cd.Checkpoint.load("base.pt")
+    cd.export(checkpoint, Path("base.onnx"))
+    engine = cd.build_engine(cd.Graph.load("base.onnx"), Path("base.fp16.engine"),
+                             cd.BuildOptions(precision=cd.Precision.FP16))
+    assert cd.verify(engine, checkpoint).passed
+    with cd.open_scorer(engine) as scorer:
+        print(scorer.score([cd.Request(text="a fine film")]))
+
+Names are imported when first used: importing the package loads neither torch nor a runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Architecture": "architecture",
+    "Task": "architecture",
+    "Checkpoint": "checkpoint",
+    "CheckpointOptions": "checkpoint",
+    "ConvBertDeployError": "errors",
+    "ExportOptions": "exporting",
+    "export": "exporting",
+    "Graph": "graph",
+    "Precision": "precision",
+    "ShapeProfile": "shapes",
+    "BuildOptions": "build",
+    "build_engine": "build",
+    "Engine": "engine",
+    "RunnerOptions": "backends.base",
+    "VerifyOptions": "verification",
+    "verify": "verification",
+    "BenchRequest": "engine_benchmark",
+    "bench": "engine_benchmark",
+    "inspect": "inspection",
+    "doctor": "doctor",
+    "demo": "demonstration",
+    "run": "serving.answering",
+    "open_scorer": "serving.answering",
+    "Request": "serving.requests",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"convbert_deploy.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'convbert_deploy' has no attribute {name!r}")

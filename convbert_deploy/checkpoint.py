@@ -102,7 +102,9 @@ class Checkpoint:
             labels=_labels(config, count),
             problem_type=config.get("problem_type"),
             head_config={k: v for k, v in config.items() if k.startswith("summary_")},
-            tokenizer_files=_tokenizer_files(options.tokenizer, path),
+            tokenizer_files=tokenizer_files(options.tokenizer)
+            if options.tokenizer
+            else _tokenizer_in(path if path.is_dir() else path.parent),
             config_path=config_path,
             dropped=dropped,
         )
@@ -266,13 +268,21 @@ def _labels(config: dict[str, Any], count: int | None) -> tuple[str, ...]:
     return tuple(str(named.get(str(index), f"LABEL_{index}")) for index in range(count))
 
 
-def _tokenizer_files(
-    override: pathlib.Path | None, checkpoint: pathlib.Path
-) -> tuple[pathlib.Path, ...]:
-    if override is not None and override.is_file():
-        return (override,)
-    folder = override or (checkpoint if checkpoint.is_dir() else checkpoint.parent)
-    files = tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
-    if override is not None and not files:
-        raise CheckpointError(f"no tokenizer in {override}: expected tokenizer.json or vocab.txt")
+def tokenizer_files(path: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """The tokenizer in a folder, or the file itself.
+
+    Raises:
+        CheckpointError: neither tokenizer.json nor vocab.txt.
+    """
+    if path.is_file() and path.name in _TOKENIZER_FILES:
+        return (path,)
+    files = _tokenizer_in(path)
+    if not files:
+        raise CheckpointError(f"no tokenizer in {path}: expected tokenizer.json or vocab.txt")
     return files
+
+
+def _tokenizer_in(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    files = tuple(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())
+    usable = {file.name for file in files} & {"tokenizer.json", "vocab.txt"}
+    return files if usable else ()

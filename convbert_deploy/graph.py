@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convbert_deploy.architecture import Architecture, Task
 from convbert_deploy.errors import GraphError
+from convbert_deploy.golden import GoldenRequest
 from convbert_deploy.precision import Precision
 from convbert_deploy.provenance import Origin, atomic_directory, atomic_file, sha256_of_files
 
@@ -36,6 +37,7 @@ class GraphInfo:
     padding: str
     precision: Precision
     opset: int
+    golden: GoldenRequest
     chain: tuple[Origin, ...]
     versions: dict[str, str]
     command: str
@@ -50,6 +52,7 @@ class GraphInfo:
             "padding": self.padding,
             "precision": self.precision.value,
             "opset": self.opset,
+            "golden": self.golden.to_json(),
             "chain": [origin.to_json() for origin in self.chain],
             "versions": self.versions,
             "command": self.command,
@@ -65,6 +68,7 @@ class GraphInfo:
             padding=data["padding"],
             precision=Precision(data["precision"]),
             opset=data["opset"],
+            golden=GoldenRequest.from_json(data["golden"]),
             chain=tuple(Origin.from_json(link) for link in data["chain"]),
             versions=dict(data["versions"]),
             command=data["command"],

@@ -91,6 +91,15 @@ class ShapeProfile:
         top = min(seq.max, max_positions)
         return dataclasses.replace(self, seq=ShapeRange(seq.min, min(seq.opt, top), top))
 
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raises ShapeError where a size lies outside its axis' bounds."""
+        for axis, size in sizes.items():
+            if size not in getattr(self, axis):
+                raise ShapeError(
+                    f"input has {axis} {size}, the engine was built for {self}",
+                    hint=f"build-engine --shapes {axis}=MIN:OPT:MAX widens it",
+                )
+
     def to_json(self) -> dict[str, list[int]]:
         return {
             field.name: list(dataclasses.astuple(getattr(self, field.name)))

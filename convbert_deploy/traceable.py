@@ -126,7 +126,7 @@ class TraceableEncoder(nn.Module):
         if self.repair_last_token:
             last = attention_mask.sum(dim=1)[:, None, None] - 1
             picked = hidden.gather(1, last.expand(-1, 1, hidden.shape[-1]))
-            hidden = torch.cat([hidden[:, :-1], picked], dim=1)
+            hidden = torch.cat([hidden, picked], dim=1)
         return BaseModelOutput(last_hidden_state=hidden)
 
     def _embed(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor) -> torch.Tensor:

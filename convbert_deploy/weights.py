@@ -33,12 +33,21 @@ def read_tensors(path: pathlib.Path) -> Tensors:
     Raises:
         CheckpointError: missing, unreadable, truncated, needs unpickling, or not a ConvBERT.
     """
+    return canonical_names(read_raw_tensors(path), path)
+
+
+def read_raw_tensors(path: pathlib.Path) -> Tensors:
+    """All tensors under the names the file gives them, whatever model they belong to.
+
+    Raises:
+        CheckpointError: missing, unreadable, truncated, or needs unpickling.
+    """
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist")
     raw: Tensors = {}
     for file in weight_files(path):
         raw.update(_read_file(file))
-    return canonical_names(raw, path)
+    return raw
 
 
 def weight_files(path: pathlib.Path) -> list[pathlib.Path]:

@@ -33,9 +33,9 @@ def cuda_available() -> bool:
         return False
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return False
-    from convbert_deploy.environment import gpu_names
+    from convbert_deploy.environment import environment
 
-    return bool(gpu_names())
+    return bool(environment().gpus)
 
 
 class OnnxRuntimeRunner:

@@ -1,6 +1,6 @@
 """Rewrites of the traced graph, each an onnx_ir pass with a contract: requires, call, ensures.
 
-They run in this order after tracing (see ``export.tidy``).
+They run in this order after tracing (see ``exporting.tidy``).
 """
 
 from convbert_deploy.passes.constant_reshape import ConstantReshape

@@ -72,9 +72,14 @@ def _name_weights(model: ir.Model) -> None:
 def _weight_name(value: ir.Value) -> str:
     """The traced parameter's path; for a tensor the tracer folded, that of its first reader."""
     name = value.name or ""
+    readers = [node for node, _ in value.uses()]
+    table = next((node for node in readers if node.op_type == "Gather"), None)
+    if table is not None:
+        # a tied table is known by its embedding, not by the head that reads it too
+        return f"{table.name.rpartition('/')[0]}.weight"
     if "." in name or name.startswith("shape_"):
         return _short(name)
-    reader = value.uses()[0][0] if value.uses() else None
+    reader = readers[0] if readers else None
     if reader is None or value.const_value is None:
         return name
     scope = reader.name.rpartition("/")[0]

@@ -1,0 +1,55 @@
+# make demo: everything on the sample checkpoint.  make test: the whole test suite.
+# Variables: PYTHON (interpreter to make the environment with), PIP_ARGS (extra arguments of pip,
+# such as an index with CPU-only builds of torch), TensorRT_ROOT, ARGS (for pytest).
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# With a CUDA compiler the GPU kernels are built too; their TensorRT adapter needs TensorRT's headers.
+ifneq ($(shell command -v nvcc 2>/dev/null),)
+ifdef TensorRT_ROOT
+CMAKE_ARGS_LIST := -DTensorRT_ROOT=$(TensorRT_ROOT)
+else
+CMAKE_ARGS_LIST := -DCONVBERT_FETCH_TENSORRT_HEADERS=ON
+endif
+endif
+NATIVE_SOURCES := $(shell find CMakeLists.txt plugins -type f \( -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.map' -o -name '*.cmake' \) 2>/dev/null)
+
+.PHONY: demo test install native gpu lint wheel clean
+
+demo: install
+	$(BIN)/convbert-deploy demo
+
+test: install
+	$(BIN)/pytest $(ARGS)
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES)
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make environments; on Debian or Ubuntu: apt-get install python3-venv"; exit 3; }
+	@command -v c++ >/dev/null || { echo "error: no C++ compiler; on Debian or Ubuntu: apt-get install g++"; exit 3; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	CMAKE_ARGS="$(CMAKE_ARGS_LIST)" $(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# the libraries alone, into convbert_deploy/lib of the checkout
+native: install
+	cmake -S . -B build/native $(CMAKE_ARGS_LIST) -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/native --parallel
+	cmake --install build/native --prefix .
+
+gpu: install
+	$(BIN)/pytest -m gpu $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+
+wheel: install
+	CMAKE_ARGS="$(CMAKE_ARGS_LIST)" $(BIN)/pip wheel --no-deps -w dist .
+
+clean:
+	rm -rf build dist demo-output $(STAMP)

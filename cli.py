@@ -1,0 +1,304 @@
+"""The command line: each command parses, makes one library call and renders the result.
+
+Results go to stdout, progress to stderr. Exit codes: 0 ok, 1 a check failed, 2 usage, 3 something
+the user can fix. Only click is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+import click
+
+from convbert_deploy import __version__
+from convbert_deploy.errors import ConvBertDeployError
+
+PATH = click.Path(path_type=pathlib.Path)
+TASKS = (
+    "encoder",
+    "masked-lm",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "multiple-choice",
+)
+
+
+class Cli(click.Group):
+    """A user's error is two lines and exit 3; anything else is our bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConvBertDeployError as error:
+            click.echo(f"error: {error}", err=True)
+            if error.hint:
+                click.echo(f"hint:  {error.hint}", err=True)
+            ctx.exit(3)
+
+
+@click.group(cls=Cli, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="convbert-deploy")
+def main() -> None:
+    """Export ConvBERT checkpoints, build engines, prove them, time them, ask them."""
+
+
+def progress(text: str) -> None:
+    click.echo(f"... {text}", err=True)
+
+
+def command_line() -> str:
+    """What was typed, for the artifact's record; paths without their folders."""
+    words = [pathlib.PurePath(word).name if "/" in word else word for word in sys.argv[1:]]
+    return shlex.join(["convbert-deploy", *words])
+
+
+def load_checkpoint(
+    path: pathlib.Path,
+    config: pathlib.Path | None = None,
+    tokenizer: pathlib.Path | None = None,
+    task: str | None = None,
+) -> Any:
+    from convbert_deploy.architecture import Task
+    from convbert_deploy.checkpoint import Checkpoint, CheckpointOptions
+
+    return Checkpoint.load(path, CheckpointOptions(config, tokenizer, Task(task) if task else None))
+
+
+@main.command()
+@click.option("--ckpt", required=True, type=PATH, help="state dict, .safetensors or HF directory")
+@click.option("-o", "--output", type=PATH, help="graph to write  [default: ./NAME.onnx]")
+@click.option("--config", type=PATH, help="config.json  [default: beside the weights]")
+@click.option("--tokenizer", type=PATH, help="tokenizer.json, vocab.txt or folder")
+@click.option("--task", type=click.Choice(TASKS), help="head to use  [default: from the weights]")
+@click.option("--padding", type=click.Choice(["hf", "masked"]), default="hf",
+              help="hf: as transformers at the same padded shape; masked: pads change nothing")
+@click.option("--no-check", is_flag=True, help="skip the comparison with the eager model")
+@click.option("--json", "as_json", is_flag=True, help="machine-readable result")
+def export(ckpt: pathlib.Path, output: pathlib.Path | None, config: pathlib.Path | None,
+           tokenizer: pathlib.Path | None, task: str | None, padding: str, no_check: bool,
+           as_json: bool) -> None:
+    """Trace a checkpoint to one ONNX graph and check it against the eager model."""
+    from convbert_deploy.exporting import ExportOptions
+    from convbert_deploy.exporting import export as run_export
+    from convbert_deploy.report import to_text
+
+    checkpoint = load_checkpoint(ckpt, config, tokenizer, task)
+    progress(f"{checkpoint.task}: {checkpoint.architecture.describe()}")
+    if checkpoint.config_path:
+        progress(f"activation, epsilon, pad id and labels from {checkpoint.config_path}")
+    if checkpoint.dropped:
+        progress(f"left out, not of this task: {', '.join(checkpoint.dropped)}")
+    target = output or pathlib.Path(f"{ckpt.resolve().stem if ckpt.is_file() else ckpt.resolve().name}.onnx")
+    options = ExportOptions(padding=padding, check=not no_check, command=command_line())
+    result = run_export(checkpoint, target, options, progress)
+    if as_json:
+        parity = result.parity.to_json() if result.parity else None
+        click.echo(json.dumps({"graph": str(target), "nodes": result.nodes, "parity": parity}))
+        return
+    if result.parity:
+        click.echo(to_text(result.parity))
+    click.echo(f"wrote {target}: {result.nodes} nodes, opset {result.info.opset}, padding {padding}")
+
+
+@main.command("build-engine")
+@click.argument("graph", required=False, type=PATH)
+@click.option("-o", "--output", type=PATH, help="bundle to write  [default: ./NAME.PRECISION.engine]")
+@click.option("--fp32", "precision", flag_value="fp32", help="32-bit floats  [default]")
+@click.option("--fp16", "precision", flag_value="fp16", help="16-bit floats")
+@click.option("--bf16", "precision", flag_value="bf16", help="bfloat16")
+@click.option("--backend", default="auto",
+              type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]))
+@click.option("--shapes", default="batch=1:8:32,seq=1:128:512", help="MIN:OPT:MAX of each axis")
+@click.option("--target", "capabilities", multiple=True,
+              help="GPU of a tensorrt-rtx plan, such as SM89; repeat  [default: SM86 SM89 SM120]")
+@click.option("--tokenizer", type=PATH, help="tokenizer.json, vocab.txt or folder")
+@click.option("--no-plugin", is_flag=True, help="leave the convolution to standard operators")
+@click.option("--json", "as_json", is_flag=True, help="print the manifest")
+def build_engine(graph: pathlib.Path | None, output: pathlib.Path | None, precision: str | None,
+                 backend: str, shapes: str, capabilities: tuple[str, ...],
+                 tokenizer: pathlib.Path | None, no_plugin: bool, as_json: bool) -> None:
+    """Build an engine bundle from GRAPH, or from the newest export in this folder."""
+    from convbert_deploy.build import DEFAULT_CAPABILITIES, BuildOptions
+    from convbert_deploy.build import build_engine as run_build
+    from convbert_deploy.checkpoint import tokenizer_files
+    from convbert_deploy.graph import Graph, latest_graph
+    from convbert_deploy.precision import Precision
+    from convbert_deploy.shapes import ShapeProfile
+
+    if graph is None:
+        graph = latest_graph(pathlib.Path())
+        progress(f"no GRAPH given: the newest export here is {graph}")
+    options = BuildOptions(
+        precision=Precision(precision or "fp32"),
+        backend=backend,
+        profile=ShapeProfile.parse(shapes),
+        plugin=not no_plugin,
+        compute_capabilities=capabilities or DEFAULT_CAPABILITIES,
+        tokenizer=tokenizer_files(tokenizer) if tokenizer else (),
+        command=command_line(),
+    )
+    target = output or pathlib.Path(f"{graph.stem}.{options.precision}.engine")
+    engine = run_build(Graph.load(graph), target, options, progress)
+    manifest = engine.manifest
+    if as_json:
+        click.echo(json.dumps(manifest.to_json()))
+        return
+    checked = "not run: no such GPU here"
+    if manifest.golden_max_abs is not None:
+        checked = f"max abs difference {manifest.golden_max_abs:.2g}"
+    click.echo(f"wrote {target}: {engine.label}, {manifest.plugin_nodes} SpanDynamicConv kernels, "
+               f"{manifest.profile}; golden request {checked}")
+    for key, value in manifest.plan.items():
+        click.echo(f"  {key}: {value}")
+
+
+@main.command()
+@click.argument("engine", type=PATH)
+@click.option("--against", required=True, type=PATH, help="the checkpoint it came from")
+@click.option("--config", type=PATH, help="config.json  [default: beside the weights]")
+@click.option("--task", type=click.Choice(TASKS), help="head to use  [default: from the weights]")
+@click.option("--graph", is_flag=True, help="the graph a plan was built from, on this CPU")
+@click.option("--cases", is_flag=True, help="a line for every shape")
+@click.option("--json", "as_json", is_flag=True, help="the whole report")
+def verify(engine: pathlib.Path, against: pathlib.Path, config: pathlib.Path | None,
+           task: str | None, graph: bool, cases: bool, as_json: bool) -> None:
+    """Compare ENGINE with the eager model on many shapes; exit 1 outside the tolerance."""
+    from convbert_deploy.engine import Engine
+    from convbert_deploy.report import to_json_text, to_text
+    from convbert_deploy.report_parity import parity_text
+    from convbert_deploy.verification import VerifyOptions
+    from convbert_deploy.verification import verify as run_verify
+
+    report = run_verify(Engine.load(engine), load_checkpoint(against, config, task=task),
+                        VerifyOptions(graph=graph), progress)
+    if as_json:
+        click.echo(to_json_text(report))
+    else:
+        click.echo(parity_text(report, cases=True) if cases else to_text(report))
+    sys.exit(0 if report.passed else 1)
+
+
+@main.command()
+@click.argument("engines", nargs=-1, required=True, type=PATH)
+@click.option("--baseline", type=PATH, help="checkpoint to time eagerly; ratios refer to it")
+@click.option("--batch", default="1,8", help="comma list")
+@click.option("--seq", default="32,128", help="comma list; every batch with every seq")
+@click.option("--threads", type=int, help="CPU threads of each runtime")
+@click.option("--min-time", default=2.0, help="seconds per candidate and shape")
+@click.option("--max-runs", default=1000, help="rounds per shape at most")
+@click.option("--warmup", default=3, help="runs left out of the statistics")
+@click.option("--json", "json_file", type=PATH, help="write JSON here; - is stdout")
+@click.option("--markdown", "markdown_file", type=PATH, help="write Markdown here; - is stdout")
+def bench(engines: tuple[pathlib.Path, ...], baseline: pathlib.Path | None, batch: str, seq: str,
+          threads: int | None, min_time: float, max_runs: int, warmup: int,
+          json_file: pathlib.Path | None, markdown_file: pathlib.Path | None) -> None:
+    """Time ENGINES in interleaved runs, beside the eager model."""
+    from convbert_deploy.benchmark import BenchOptions
+    from convbert_deploy.engine_benchmark import BenchRequest
+    from convbert_deploy.engine_benchmark import bench as run_bench
+    from convbert_deploy.report import to_json_text, to_markdown, to_text
+
+    request = BenchRequest(
+        engines=engines,
+        baseline=load_checkpoint(baseline) if baseline else None,
+        batches=integers(batch),
+        seqs=integers(seq),
+        threads=threads,
+        options=BenchOptions(min_time_s=min_time, max_runs=max_runs, warmup=warmup,
+                             min_runs=min(10, max_runs)),
+    )
+    report = run_bench(request, progress)
+    stdout_taken = write_report(json_file, to_json_text(report))
+    stdout_taken |= write_report(markdown_file, to_markdown(report))
+    if not stdout_taken:
+        click.echo(to_text(report))
+
+
+def integers(text: str) -> tuple[int, ...]:
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or min(values) < 1:
+        raise click.BadParameter(f"{text!r} is not a comma list of positive numbers")
+    return values
+
+
+def write_report(target: pathlib.Path | None, text: str) -> bool:
+    """True where it went to stdout."""
+    from convbert_deploy.provenance import atomic_file
+
+    if target is None:
+        return False
+    if str(target) == "-":
+        click.echo(text)
+        return True
+    with atomic_file(target) as temporary:
+        temporary.write_text(text + "\n")
+    return False
+
+
+@main.command()
+@click.argument("engine", type=PATH)
+@click.option("--text", multiple=True, help="a text to answer; repeat  [default: lines of stdin]")
+@click.option("--input", "input_file", type=click.File(), default="-",
+              help="lines of text, or JSON objects with text, question, choices, words...")
+@click.option("--threads", type=int, help="CPU threads")
+def run(engine: pathlib.Path, text: tuple[str, ...], input_file: Any, threads: int | None) -> None:
+    """Answer texts: one JSON object a line on stdout; exit 3 where a request was refused."""
+    from convbert_deploy.serving.answering import run as run_engine
+
+    lines = list(text) or [line.rstrip("\n") for line in input_file]
+    refused = 0
+    for answer in run_engine(engine, lines, threads=threads):
+        refused += "error" in answer
+        click.echo(json.dumps(answer, ensure_ascii=False))
+    sys.exit(3 if refused else 0)
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def inspect(file: pathlib.Path, as_json: bool) -> None:
+    """Say what FILE is: checkpoint, graph or engine."""
+    from convbert_deploy.inspection import inspect as run_inspect
+
+    description = run_inspect(file)
+    if as_json:
+        click.echo(json.dumps(description))
+        return
+    for key, value in description.items():
+        click.echo(f"{key}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def doctor(as_json: bool) -> None:
+    """List what is installed, what is missing, and the command that fixes it."""
+    from convbert_deploy.doctor import doctor as run_doctor
+    from convbert_deploy.report import checks_json, checks_text
+
+    checks = run_doctor()
+    click.echo(checks_json(checks) if as_json else checks_text(checks))
+
+
+@main.command()
+@click.option("--ckpt", type=PATH, default="samples/convbert-pos-brown", help="checkpoint to show")
+@click.option("--texts", type=PATH, default="samples/brown-pos.jsonl", help="JSONL to answer")
+@click.option("-o", "--output", type=PATH, default="demo-output", help="folder for all artifacts")
+def demo(ckpt: pathlib.Path, texts: pathlib.Path, output: pathlib.Path) -> None:
+    """The whole way: export, build, verify, bench and answer; a report at the end."""
+    from convbert_deploy.demonstration import demo as run_demo
+
+    result = run_demo(load_checkpoint(ckpt), texts, output, progress)
+    click.echo(f"report: {result.report}")
+    sys.exit(0 if result.passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Graph in, engine bundle out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from convbert_deploy.custom_op import DOMAIN, nodes_of
+from convbert_deploy.engine import (
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    PLAN,
+    TOKENIZER,
+    Engine,
+    Manifest,
+    platform_name,
+)
+from convbert_deploy.errors import EngineError, PluginError
+from convbert_deploy.graph import Graph, write_model
+from convbert_deploy.precision import Precision
+from convbert_deploy.provenance import atomic_directory, sha256_of_file
+from convbert_deploy.shapes import ShapeProfile
+
+if TYPE_CHECKING:
+    import onnx
+
+BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
+#: consumer and workstation GPUs that TensorRT-RTX 1.7 builds fp16 and bf16 for without one present
+DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """plugin: run SpanDynamicConv as our kernel; False is the explicit --no-plugin.
+    compute_capabilities: GPUs a tensorrt-rtx plan is for. tokenizer: files to use instead of those
+    that came with the graph."""
+
+    precision: Precision = Precision.FP32
+    backend: str = "auto"
+    profile: ShapeProfile = dataclasses.field(default_factory=ShapeProfile)
+    plugin: bool = True
+    compute_capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
+    tokenizer: tuple[pathlib.Path, ...] = ()
+    command: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Built:
+    """What a backend made in the bundle's folder."""
+
+    plugin_library: pathlib.Path | None
+    target: dict[str, Any]
+    plan: dict[str, Any]
+
+
+def build_engine(
+    graph: Graph,
+    target: pathlib.Path,
+    options: BuildOptions | None = None,
+    progress: Progress = lambda _: None,
+) -> Engine:
+    """Type the graph, build it, check it on the golden request, write ``target`` as a whole.
+
+    Raises:
+        EngineError: the build failed, or the engine answers the golden request wrongly.
+        PluginError: our library is not built, or its operators did not all take its place.
+        MissingDependencyError: the backend is not installed.
+        OutputError: ``target`` cannot be written.
+    """
+    options = options or BuildOptions()
+    backend = resolve_backend(options.backend)
+    profile = options.profile.limited_to(graph.info.architecture.max_position_embeddings)
+    progress(f"typing the graph as {options.precision}")
+    model = _typed(graph.model, options.precision)
+    with atomic_directory(target) as folder:
+        progress(f"building for {backend}")
+        if backend.startswith("onnxruntime"):
+            built = _build_onnxruntime(model, folder, options)
+        else:
+            built = _build_plan(model, folder, backend, profile, options)
+        _copy_tokenizer(options.tokenizer or graph.tokenizer_files, folder)
+        (folder / GOLDEN).write_text(json.dumps(graph.info.golden.to_json()))
+        manifest = _manifest(graph, target.name, backend, profile, options, built, folder)
+        _write_manifest(folder, manifest)
+        if _runs_here(backend):
+            progress("checking the golden request")
+            difference = check_golden(Engine.load(folder))
+            _write_manifest(folder, dataclasses.replace(manifest, golden_max_abs=difference))
+    return Engine.load(target)
+
+
+def resolve_backend(name: str) -> str:
+    """``auto``: TensorRT where it and a GPU are there, else ONNX Runtime on the best device."""
+    from convbert_deploy.backends.onnxruntime import cuda_available
+    from convbert_deploy.environment import environment
+
+    if name == "auto":
+        here = environment()
+        name = "tensorrt" if here.gpus and here.versions.get("tensorrt") else "onnxruntime"
+    if name == "onnxruntime":
+        return "onnxruntime-cuda" if cuda_available() else "onnxruntime-cpu"
+    return name
+
+
+def check_golden(engine: Engine) -> float:
+    """Largest absolute difference to the eager model's golden answer.
+
+    Raises:
+        EngineError: outside the tolerance of the engine's backend and precision.
+    """
+    from convbert_deploy.tolerances import tolerance_for
+
+    with engine.runner() as runner:
+        difference = engine.golden.max_abs_difference(runner.infer(engine.golden.batch()))
+    tolerance = tolerance_for(engine.manifest.backend, engine.manifest.precision)
+    limit = tolerance.largest_abs(engine.golden.scale())
+    if not difference <= limit:
+        raise EngineError(
+            f"the engine answers its golden request wrongly: max abs difference {difference:.3g}, "
+            f"allowed {limit:.3g}"
+        )
+    return difference
+
+
+def _typed(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    if precision is Precision.FP32:
+        return model
+    from convbert_deploy.calibration.typed import typed_graph
+
+    return typed_graph(model, precision)
+
+
+def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose SpanDynamicConv nodes only our library can run: nothing inlines silently."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    kept = [function for function in copy.functions if function.domain != DOMAIN]
+    del copy.functions[:]
+    copy.functions.extend(kept)
+    return copy
+
+
+def _build_onnxruntime(
+    model: onnx.ModelProto, folder: pathlib.Path, options: BuildOptions
+) -> _Built:
+    from convbert_deploy.plugin_library import ort_library
+
+    library = ort_library() if options.plugin else None
+    write_model(without_functions(model) if options.plugin else model, folder / GRAPH)
+    return _Built(library, {"platform": platform_name()}, {})
+
+
+def _build_plan(
+    model: onnx.ModelProto,
+    folder: pathlib.Path,
+    backend: str,
+    profile: ShapeProfile,
+    options: BuildOptions,
+) -> _Built:
+    from convbert_deploy.backends.tensorrt import PlanOptions, build_plan
+    from convbert_deploy.plugin_library import tensorrt_library
+
+    library = tensorrt_library() if options.plugin else None
+    plan_options = PlanOptions(
+        kind=backend,
+        plugin_library=library,
+        compute_capabilities=options.compute_capabilities if backend == "tensorrt-rtx" else (),
+        expected_plugin_layers=len(nodes_of(model)) if options.plugin else 0,
+    )
+    write_model(model, folder / GRAPH)
+    plan = build_plan(folder / GRAPH, profile, plan_options)
+    (folder / PLAN).write_bytes(plan.data)
+    target = {
+        "platform": platform_name(),
+        "compute_capabilities": list(plan_options.compute_capabilities) or ["this GPU"],
+    }
+    return _Built(library, target, plan.facts.to_json())
+
+
+def _copy_tokenizer(files: tuple[pathlib.Path, ...], folder: pathlib.Path) -> None:
+    if files:
+        (folder / TOKENIZER).mkdir()
+    for file in files:
+        shutil.copyfile(file, folder / TOKENIZER / file.name)
+
+
+def _manifest(
+    graph: Graph,
+    name: str,
+    backend: str,
+    profile: ShapeProfile,
+    options: BuildOptions,
+    built: _Built,
+    folder: pathlib.Path,
+) -> Manifest:
+    from convbert_deploy.environment import versions
+
+    info = graph.info
+    operators = len(nodes_of(graph.model)) if options.plugin else 0
+    if options.plugin and operators != info.architecture.num_hidden_layers:
+        raise PluginError(
+            f"the graph has {operators} SpanDynamicConv nodes, expected one for each of "
+            f"{info.architecture.num_hidden_layers} layers"
+        )
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return Manifest(
+        name=name,
+        backend=backend,
+        precision=options.precision,
+        task=info.task,
+        architecture=info.architecture,
+        labels=info.labels,
+        problem_type=info.problem_type,
+        padding=info.padding,
+        profile=profile,
+        plugin_nodes=operators,
+        plugin_sha256=sha256_of_file(built.plugin_library) if built.plugin_library else None,
+        target=built.target,
+        plan=built.plan,
+        chain=(*info.chain, graph.origin()),
+        versions={package: version for package, version in versions().items() if version},
+        command=options.command,
+        golden_max_abs=None,
+        files={str(path.relative_to(folder)): sha256_of_file(path) for path in files},
+    )
+
+
+def _write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=2, sort_keys=True) + "\n")
+
+
+def _runs_here(backend: str) -> bool:
+    from convbert_deploy.environment import environment
+
+    return backend.startswith("onnxruntime") or bool(environment().gpus)

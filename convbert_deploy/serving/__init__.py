@@ -1,0 +1,1 @@
+"""Text in, answers out: one scoring path for ``run``, bulk jobs, servers and tests."""

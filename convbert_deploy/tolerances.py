@@ -1,0 +1,170 @@
+"""How far a backend may be from the eager fp32 model: one table, each row with its measurement.
+
+fp32 rows bound the absolute error. Half-precision rows bound the error relative to the standard
+deviation of the reference output over all compared cases ("scaled"), because rounding error grows
+with the size of the activations and heads differ in size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+from convbert_deploy.errors import ConvBertDeployError
+from convbert_deploy.precision import Precision
+
+
+class MeasuredErrors(Protocol):
+    """What a tolerance looks at; ``parity.Errors`` has these and more."""
+
+    @property
+    def max_abs(self) -> float: ...
+    @property
+    def mean_abs(self) -> float: ...
+    @property
+    def min_cosine(self) -> float | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """Bounds on one output's errors over all cases; None means not judged.
+
+    max_abs: largest absolute error, in units of the output.
+    max_scaled, mean_scaled: largest and mean absolute error over the reference's standard
+        deviation.
+    min_cosine: smallest cosine of any row (the logits of one sequence or token).
+    min_argmax_agreement: fraction of rows whose argmax must agree, at real tokens.
+    """
+
+    max_abs: float | None = None
+    max_scaled: float | None = None
+    mean_scaled: float | None = None
+    min_cosine: float | None = None
+    min_argmax_agreement: float | None = None
+
+    def largest_abs(self, scale: float) -> float:
+        """The largest absolute error allowed, whatever else is; ``scale`` as for violations.
+
+        A deviation taken from a few values is itself uncertain: use some dozens.
+        """
+        limits = [limit for limit in (self.max_abs,) if limit is not None]
+        if self.max_scaled is not None:
+            limits.append(self.max_scaled * scale)
+        return min(limits, default=float("inf"))
+
+    def violations(
+        self, errors: MeasuredErrors, scale: float, argmax_agreement: float | None
+    ) -> Iterator[str]:
+        """Each broken bound, as text; ``scale`` is the reference's standard deviation."""
+        upper = (
+            ("max abs error", errors.max_abs, self.max_abs),
+            ("max abs error over the output's deviation", errors.max_abs / scale, self.max_scaled),
+            ("mean abs error over the output's deviation", errors.mean_abs / scale, self.mean_scaled),
+        )
+        for label, value, limit in upper:
+            # Written so that NaN is a violation.
+            if limit is not None and not value <= limit:
+                yield f"{label} {value:.3g} is over {limit:g}"
+        lower = (
+            ("smallest cosine", errors.min_cosine, self.min_cosine),
+            ("argmax agreement", argmax_agreement, self.min_argmax_agreement),
+        )
+        for label, value, limit in lower:
+            if limit is not None and value is not None and not value >= limit:
+                yield f"{label} {value:.6g} is under {limit:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelTolerance:
+    """Bounds for one operator alone, on inputs of standard normal size.
+
+    atol, rtol: ``|kernel - truth| <= atol + rtol * |truth|``, truth computed in float32.
+    control_factor: for half types the kernel may also be at most this many times as far from the
+        truth as plain torch in the same type (flash-attention's rule); None where fp32 is exact
+        enough to need no control.
+    """
+
+    atol: float
+    rtol: float
+    control_factor: float | None = None
+
+
+# How the rows were set (2 CPU cores, torch 2.13, onnxruntime 1.31.1, transformers 5.23):
+#
+# realistic: random weights at the scale of trained ones, small, medium-small and base, all six
+#   heads, 13 to 14 cases of batch 1 and 8 and seq 1 to 64 (fp32: to 128), padded ones included.
+# trained: a part-of-speech tagger (4 layers, logits of deviation 2.7) and a sentiment classifier
+#   (6 layers, with activation outliers), batch 1 and 8 and seq 1 to 512.
+# control: eager torch computing in the half type, against eager fp32.
+# faults: what a wrong convolution moves at least (uniform kernel, reversed taps, rolled heads,
+#   shift by one, depthwise convolution dropped): realistic, mean 0.13 and max 0.86 deviations;
+#   trained, max 0.31 deviations or cosine 0.59. Every row must stay below.
+
+# Stock ONNX Runtime against eager, max abs: realistic 9.3e-6, trained 5.7e-6. Eager float32
+# itself is 5.6e-6 from eager float64. Twice the worst, rounded.
+_FP32 = Tolerance(max_abs=2e-5, min_cosine=0.99999)
+
+# Not measured, for want of a GPU: the sums of fp32 GEMMs in another order, TF32 off, room for
+# five times the CPU's error. TF32 (10 bits of mantissa, as fp16) would not fit, as intended.
+_FP32_GPU = Tolerance(max_abs=1e-4, min_cosine=0.99999)
+
+# Control, worst: max 0.019, mean 0.0037 deviations, cosine 0.9993, argmax FP16_ARGMAX (realistic);
+# max 0.0025, mean 0.0005, cosine 0.99997, argmax 0.9998 (trained). Two and a half times the
+# control, and a 17th of the weakest fault.
+_FP16 = Tolerance(
+    max_scaled=0.05, mean_scaled=0.01, min_cosine=0.998, min_argmax_agreement=0.95
+)
+
+# Control, worst: max BF16_MAX, mean BF16_MEAN deviations, cosine 0.980, argmax BF16_ARGMAX
+# (realistic); max 0.036, mean 0.0051, cosine 0.9977, argmax 0.997 (trained). Twice the control; a
+# fault on a trained model is then found by its cosine.
+_BF16 = Tolerance(
+    max_scaled=0.4, mean_scaled=0.07, min_cosine=0.95, min_argmax_agreement=0.85
+)
+
+#: (backend, precision) to bounds. ``onnx`` is the exported graph in stock ONNX Runtime on CPU.
+TOLERANCES: dict[tuple[str, Precision], Tolerance] = {
+    # CPU: measured as said above.
+    ("onnx", Precision.FP32): _FP32,
+    ("onnx", Precision.FP16): _FP16,
+    ("onnx", Precision.BF16): _BF16,
+    ("onnxruntime-cpu", Precision.FP32): _FP32,
+    ("onnxruntime-cpu", Precision.FP16): _FP16,
+    ("onnxruntime-cpu", Precision.BF16): _BF16,
+    # GPU: fp32 derived, not measured; half types by the CPU control, which rounds after every
+    # operator as these do, or more often than a fused kernel.
+    ("onnxruntime-cuda", Precision.FP32): _FP32_GPU,
+    ("onnxruntime-cuda", Precision.FP16): _FP16,
+    ("onnxruntime-cuda", Precision.BF16): _BF16,
+    ("tensorrt", Precision.FP32): _FP32_GPU,
+    ("tensorrt", Precision.FP16): _FP16,
+    ("tensorrt", Precision.BF16): _BF16,
+    ("tensorrt-rtx", Precision.FP32): _FP32_GPU,
+    ("tensorrt-rtx", Precision.FP16): _FP16,
+    ("tensorrt-rtx", Precision.BF16): _BF16,
+}
+
+#: One operator alone, inputs of standard normal size: fp32 differs in the order of the sum only;
+#: half types round the result once (2^-11 and 2^-8 of it), after float32 arithmetic.
+KERNEL_TOLERANCES: dict[Precision, KernelTolerance] = {
+    Precision.FP32: KernelTolerance(atol=1e-5, rtol=1e-5),
+    Precision.FP16: KernelTolerance(atol=1e-5, rtol=2**-10, control_factor=2.0),
+    Precision.BF16: KernelTolerance(atol=1e-5, rtol=2**-7, control_factor=2.0),
+}
+
+
+def tolerance_for(backend: str, precision: Precision | str) -> Tolerance:
+    """The row of one backend and precision.
+
+    Raises:
+        ConvBertDeployError: there is none.
+    """
+    try:
+        return TOLERANCES[backend, Precision(precision)]
+    except (KeyError, ValueError) as error:
+        backends = ", ".join(dict.fromkeys(name for name, _ in TOLERANCES))
+        raise ConvBertDeployError(
+            f"no tolerance is known for backend {backend} at precision {precision}: expected one of "
+            f"{backends} at {', '.join(Precision)}"
+        ) from error
