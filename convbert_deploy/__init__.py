@@ -10,7 +10,7 @@ The same verbs as the command line::
                              cd.BuildOptions(precision=cd.Precision.FP16))
     assert cd.verify(engine, checkpoint).passed
     with cd.open_scorer(engine) as scorer:
-        print(scorer.score([cd.Request(text="a fine film")]))
+        print(scorer.score([cd.TextRequest("a fine film")]))
 
 Names are imported when first used: importing the package loads neither torch nor a runtime.
 """
@@ -46,7 +46,10 @@ _HOME = {
     "demo": "demonstration",
     "run": "serving.answering",
     "open_scorer": "serving.answering",
-    "Request": "serving.requests",
+    "TextRequest": "serving.requests",
+    "WordsRequest": "serving.requests",
+    "QuestionRequest": "serving.requests",
+    "ChoiceRequest": "serving.requests",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -168,15 +168,18 @@ def write_model(model: onnx.ModelProto, target: pathlib.Path) -> None:
             temporary.write_bytes(model.SerializeToString(deterministic=True))
         pathlib.Path(f"{target}.data").unlink(missing_ok=True)
         return
+    from onnx import external_data_helper
+
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    with atomic_file(pathlib.Path(f"{target}.data")) as data:
-        data.unlink()
-        onnx.external_data_helper.convert_model_to_external_data(copy, location=data.name)
-        onnx.external_data_helper.write_external_data_tensors(copy, str(data.parent))
-        onnx.external_data_helper.convert_model_to_external_data(
-            copy, location=f"{target.name}.data"
-        )
+    data = pathlib.Path(f"{target}.data")
+    with atomic_file(data) as temporary:
+        external_data_helper.convert_model_to_external_data(copy, location=temporary.name)
+        external_data_helper.write_external_data_tensors(copy, str(temporary.parent))
+    for tensor in copy.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = data.name
     with atomic_file(target) as temporary:
         temporary.write_bytes(copy.SerializeToString(deterministic=True))
 

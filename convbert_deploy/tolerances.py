@@ -90,38 +90,35 @@ class KernelTolerance:
     control_factor: float | None = None
 
 
-# How the rows were set (2 CPU cores, torch 2.13, onnxruntime 1.31.1, transformers 5.23):
+# How the rows were set (2026-11-21, AMD EPYC with AVX-512, 2 cores, torch 2.13, onnxruntime 1.31.1,
+# transformers 5.23):
 #
-# realistic: random weights at the scale of trained ones, small, medium-small and base, all six
-#   heads, 13 to 14 cases of batch 1 and 8 and seq 1 to 64 (fp32: to 128), padded ones included.
-# trained: a part-of-speech tagger (4 layers, logits of deviation 2.7) and a sentiment classifier
-#   (6 layers, with activation outliers), batch 1 and 8 and seq 1 to 512.
+# realistic: random weights at the scale of trained ones; small, medium-small and base; 14 cases of
+#   batch 1 and 8 and seq 1 to 64 (fp32: 1 to 128), padded ones included. Half types: all six heads;
+#   fp32: encoder, sequence classification, question answering.
+# trained: a part-of-speech tagger (4 layers, groups 2, logits of deviation 2.7) and a sentiment
+#   classifier (6 layers, with activation outliers), batch 1 and 8 and seq 1 to 512.
 # control: eager torch computing in the half type, against eager fp32.
-# faults: what a wrong convolution moves at least (uniform kernel, reversed taps, rolled heads,
-#   shift by one, depthwise convolution dropped): realistic, mean 0.13 and max 0.86 deviations;
-#   trained, max 0.31 deviations or cosine 0.59. Every row must stay below.
+# faults: the least that a wrong convolution moves (uniform kernel, reversed taps, rolled heads,
+#   shift by one, depthwise convolution dropped), in deviations. realistic: max 0.70, mean 0.107.
+#   trained tagger: max 1.6. trained classifier: max 0.31, mean 0.047, always cosine < -0.96.
 
-# Stock ONNX Runtime against eager, max abs: realistic 9.3e-6, trained 5.7e-6. Eager float32
-# itself is 5.6e-6 from eager float64. Twice the worst, rounded.
+# Stock ONNX Runtime on a stock export, worst max abs: realistic 9.3e-6, trained 5.7e-6. (Eager
+# float32 is itself up to 5.6e-6 from eager float64.) Twice the worst, rounded.
 _FP32 = Tolerance(max_abs=2e-5, min_cosine=0.99999)
 
-# Not measured, for want of a GPU: the sums of fp32 GEMMs in another order, TF32 off, room for
-# five times the CPU's error. TF32 (10 bits of mantissa, as fp16) would not fit, as intended.
+# Derived, not measured, for want of a GPU: GEMM sums in another order with TF32 off, five times the
+# room of the CPU. TF32 keeps as many mantissa bits as fp16 and does not fit, as intended.
 _FP32_GPU = Tolerance(max_abs=1e-4, min_cosine=0.99999)
 
-# Control, worst: max 0.019, mean 0.0037 deviations, cosine 0.9993, argmax FP16_ARGMAX (realistic);
-# max 0.0025, mean 0.0005, cosine 0.99997, argmax 0.9998 (trained). Two and a half times the
-# control, and a 17th of the weakest fault.
-_FP16 = Tolerance(
-    max_scaled=0.05, mean_scaled=0.01, min_cosine=0.998, min_argmax_agreement=0.95
-)
+# Control, worst, realistic: max 0.031, mean 0.0076, cosine 0.9993, argmax 0.984; trained: max
+# 0.0025, mean 0.0005, cosine 0.99997, argmax 0.9997. Twice the control; a 7th of the least fault.
+_FP16 = Tolerance(max_scaled=0.06, mean_scaled=0.015, min_cosine=0.998, min_argmax_agreement=0.95)
 
-# Control, worst: max BF16_MAX, mean BF16_MEAN deviations, cosine 0.980, argmax BF16_ARGMAX
-# (realistic); max 0.036, mean 0.0051, cosine 0.9977, argmax 0.997 (trained). Twice the control; a
-# fault on a trained model is then found by its cosine.
-_BF16 = Tolerance(
-    max_scaled=0.4, mean_scaled=0.07, min_cosine=0.95, min_argmax_agreement=0.85
-)
+# Control, worst, realistic: max 0.21, mean 0.035, cosine 0.970, argmax 0.931; trained: max 0.036,
+# mean 0.0051, cosine 0.9977, argmax 0.997. Twice the control, below the least realistic fault; on
+# the trained classifier a fault is found by its cosine.
+_BF16 = Tolerance(max_scaled=0.4, mean_scaled=0.07, min_cosine=0.94, min_argmax_agreement=0.85)
 
 #: (backend, precision) to bounds. ``onnx`` is the exported graph in stock ONNX Runtime on CPU.
 TOLERANCES: dict[tuple[str, Precision], Tolerance] = {

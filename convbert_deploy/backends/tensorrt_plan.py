@@ -146,9 +146,12 @@ def _parse(
     with_plugin = options.plugin_library is not None
     if with_plugin:
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
-    parsed = (
-        parser.parse(graph) if isinstance(graph, bytes) else parser.parse_from_file(str(graph))
-    )
+        parsed = (
+            parser.parse(graph) if isinstance(graph, bytes) else parser.parse_from_file(str(graph))
+        )
+    else:
+        content, origin = _without_plugin_request(graph)
+        parsed = parser.parse(content) if origin is None else parser.parse(content, origin)
     if not parsed:
         message = parser.get_error(0).desc() if parser.num_errors else first_error(trt, logger)
         raise EngineError(f"{options.kind} cannot parse the graph: {message}")
@@ -160,12 +163,30 @@ def _parse(
             f"{options.kind} did not map the SpanDynamicConv nodes to {options.plugin_library}",
             hint="export the checkpoint again, or build with --no-plugin",
         )
-    if not with_plugin and found:
-        raise PluginError(
-            f"{found} layers run as our plugin, which was loaded earlier in this process, expected none",
-            hint="build without the plugin in a new process",
-        )
     return found
+
+
+def _without_plugin_request(graph: pathlib.Path | bytes) -> tuple[bytes, str | None]:
+    """(serialized model, path its external data is relative to) that asks for no plugin.
+
+    A node with ``plugin_namespace`` takes the plugin if this process has loaded it for another
+    build; without, its model-local function is inlined whatever came before.
+    """
+    import onnx
+
+    model = (
+        onnx.load_from_string(graph)
+        if isinstance(graph, bytes)
+        else onnx.load(graph, load_external_data=False)
+    )
+    functions = {(function.domain, function.name) for function in model.functions}
+    for node in model.graph.node:
+        if (node.domain, node.op_type) in functions:
+            kept = [a for a in node.attribute if a.name != "plugin_namespace"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    origin = None if isinstance(graph, bytes) else str(graph)
+    return model.SerializeToString(deterministic=True), origin
 
 
 def _optimization_profile(

@@ -33,7 +33,7 @@ _TINY_ARCHITECTURE = architecture_of(realistic_model("tiny", Task.ENCODER))
 
 
 def _batches(model, task, **shapes):
-    chosen = {"seqs": (1, 2, 8, 17), "batches": (1, 4)} | shapes
+    chosen = {"seqs": (1, 2, 17), "batches": (1, 4)} | shapes
     return parity_batches(architecture_of(model), task, ParityShapes(**chosen))
 
 
@@ -54,6 +54,24 @@ def _compare_logits(expected, got, tolerance=Tolerance(max_abs=0.1), batch=None,
     )
 
 
+def _replay(model, batches):
+    """A runner that gives the model's answers of now, computed once."""
+    eager = ModuleRunner(model)
+    answers = {id(case.batch): eager.infer(case.batch) for case in batches}
+    return FixedRunner("eager", lambda batch: answers[id(batch)])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Small models gain nothing from threads, and lose much where the cores are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def small():
     return realistic_model("small", Task.SEQUENCE_CLASSIFICATION)
@@ -63,9 +81,7 @@ def small():
 def truth(small):
     """(batches, runner that replays the small model's fp32 answers)."""
     batches = _batches(small, Task.SEQUENCE_CLASSIFICATION)
-    eager = ModuleRunner(small)
-    answers = {id(case.batch): eager.infer(case.batch) for case in batches}
-    return batches, FixedRunner("eager", lambda batch: answers[id(batch)])
+    return batches, _replay(small, batches)
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -74,10 +90,11 @@ def truth(small):
 @pytest.mark.parametrize("kind", SABOTAGES)
 def test_every_fault_in_the_convolution_fails_at_every_precision(small, truth, kind):
     batches, reference = truth
-    with sabotage(small, kind), ModuleRunner(small, kind) as candidate:
-        for precision in Precision:
-            report = compare(reference, candidate, batches, tolerance_for("tensorrt", precision))
-            assert not report.passed, f"{kind} passes as {precision}"
+    with sabotage(small, kind):
+        candidate = _replay(small, batches)
+    for precision in Precision:
+        report = compare(reference, candidate, batches, tolerance_for("tensorrt", precision))
+        assert not report.passed, f"{kind} passes as {precision}"
 
 
 @pytest.mark.parametrize("kind", SABOTAGES)
@@ -88,14 +105,14 @@ def test_the_model_is_whole_again_after_a_sabotage(small, truth, kind):
     assert compare(reference, ModuleRunner(small), batches, Tolerance(max_abs=1e-6)).passed
 
 
-@pytest.mark.parametrize("kind", SABOTAGES)
+@pytest.mark.parametrize("kind", [kind for kind in SABOTAGES if kind != "shift-by-one"])
 def test_default_weights_would_hide_the_fault(kind):
     """Why every test uses realistic weights: with transformers' own initialisation the kernel
-    softmax is almost uniform, and a wrong convolution stays within a half-precision tolerance."""
+    softmax is almost uniform, and a wrong kernel stays within a half-precision tolerance. (A
+    shift moves the values, whatever the kernel: visible with any weights.)"""
     model = default_model("small", Task.SEQUENCE_CLASSIFICATION)
     batches = _batches(model, Task.SEQUENCE_CLASSIFICATION)
-    answers = {id(case.batch): ModuleRunner(model).infer(case.batch) for case in batches}
-    reference = FixedRunner("eager", lambda batch: answers[id(batch)])
+    reference = _replay(model, batches)
     with sabotage(model, kind):
         report = compare(
             reference, ModuleRunner(model), batches, tolerance_for("tensorrt", Precision.FP16)
@@ -116,13 +133,10 @@ def test_half_precision_control_is_within_its_tolerance_and_outside_fp32s(small,
 def test_every_task_is_compared_and_a_fault_in_it_found(task):
     model = realistic_model("groups-2", task)
     batches = _batches(model, task)
-    reference, answers = ModuleRunner(model), {}
-    for case in batches:
-        answers[id(case.batch)] = reference.infer(case.batch)
-    replay = FixedRunner("eager", lambda batch: answers[id(batch)])
-    assert compare(replay, reference, batches, _FP32).passed
+    reference, again = _replay(model, batches), ModuleRunner(model)
+    assert compare(reference, again, batches, _FP32).passed
     with sabotage(model, "reversed-taps"):
-        report = compare(replay, reference, batches, _FP32)
+        report = compare(reference, again, batches, _FP32)
     assert set(report.outputs) == set(task.output_names)
     assert all(summary.max_abs > 1e-2 for summary in report.outputs.values())
 
@@ -131,6 +145,8 @@ def test_every_task_is_compared_and_a_fault_in_it_found(task):
 def test_onnx_faults_do_what_the_eager_ones_do(kind):
     """On one operator: the sabotaged node equals the reference fed with the faulty input."""
     import onnx
+    import onnx.parser
+    import onnx.reference
     import torch
 
     from convbert_deploy.reference import span_dynamic_conv

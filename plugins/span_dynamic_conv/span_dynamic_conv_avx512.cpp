@@ -1,0 +1,10 @@
+// The CPU kernel compiled for AVX512; called only where bestInstructionSet() found it.
+#include "span_dynamic_conv_rows.h"
+
+namespace convbert {
+
+void runRowsAvx512(SpanDynamicConvParams const& params, int64_t firstRow, int64_t lastRow) noexcept {
+  runRowsOfType(params, firstRow, lastRow);
+}
+
+}  // namespace convbert
