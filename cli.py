@@ -280,7 +280,7 @@ def inspect(file: pathlib.Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="one JSON object")
 def doctor(as_json: bool) -> None:
     """List what is installed, what is missing, and the command that fixes it."""
-    from convbert_deploy.doctor import doctor as run_doctor
+    from convbert_deploy.diagnosis import doctor as run_doctor
     from convbert_deploy.report import checks_json, checks_text
 
     checks = run_doctor()

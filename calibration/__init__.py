@@ -6,6 +6,7 @@ TensorRT 11 has no precision flags and no calibrators: precision is what the gra
 from __future__ import annotations
 
 from ..errors import GraphError
+from .stored import stored_graph
 from .typed import typed_graph
 
-__all__ = ["GraphError", "typed_graph"]
+__all__ = ["GraphError", "stored_graph", "typed_graph"]

@@ -263,7 +263,7 @@ def _float_tensors(model: onnx.ModelProto) -> frozenset[str]:
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its large initializers as inputs: protobuf cannot hand 2 GiB to the checker."""
+    """The model, its float weights as inputs: protobuf cannot hand 2 GiB to the checker."""
     graph = onnx.GraphProto(name="types")
     graph.node.extend(model.graph.node)
     graph.output.extend(model.graph.output)

@@ -42,7 +42,7 @@ _HOME = {
     "BenchRequest": "engine_benchmark",
     "bench": "engine_benchmark",
     "inspect": "inspection",
-    "doctor": "doctor",
+    "doctor": "diagnosis",
     "demo": "demonstration",
     "run": "serving.answering",
     "open_scorer": "serving.answering",

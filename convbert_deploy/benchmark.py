@@ -1,9 +1,9 @@
 """How fast is each candidate? Paired, interleaved runs; every raw time kept.
 
 At each point (a shape) all candidates take turns: one run of each is a round. A machine that slows
-down half-way slows all of them, and the ratio to the baseline is taken within a round, so it cancels.
-The order is turned from round to round, so that no candidate always runs on the heels of the same
-other. What a run costs is asked of a ``Timer``, so that everything here is testable without timing.
+down half-way slows all of them, and as the ratio to the baseline is taken within a round, that
+cancels. The order is turned from round to round, so that no candidate always runs on the heels of
+the same other. What a run costs is asked of a ``Timer``: nothing here needs a clock to be tested.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         if not (1 <= self.min_runs <= self.max_runs and self.warmup >= 0 and self.min_time_s >= 0):
-            raise ValueError(f"expected 1 <= min_runs <= max_runs, warmup >= 0, min_time_s >= 0: {self}")
+            raise ValueError(
+                f"expected 1 <= min_runs <= max_runs, warmup >= 0, min_time_s >= 0: {self}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Measurement:
 
     @functools.cached_property
     def _ratios(self) -> list[float]:
-        return [base / own for base, own in zip(self.baseline_ms, self.times_ms)]
+        return [base / own for base, own in zip(self.baseline_ms, self.times_ms, strict=True)]
 
     @functools.cached_property
     def speedup(self) -> float:
@@ -250,8 +252,9 @@ def _rounds(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """First warm-up time and the times of every round, by candidate."""
     first: dict[str, float] = {}
-    for candidate in candidates:
-        for _ in range(options.warmup):
+    # In turns, as in the rounds: a candidate must be warm beside the others, not alone.
+    for _ in range(options.warmup):
+        for candidate in candidates:
             spent = timer.time_ms(functools.partial(candidate.runner.infer, batch))
             first.setdefault(candidate.name, spent)
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}

@@ -33,6 +33,8 @@ BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
 #: consumer and workstation GPUs that TensorRT-RTX 1.7 builds fp16 and bf16 for without one present
 DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
 
+_CPU = "onnxruntime-cpu"
+
 Progress = Callable[[str], None]
 
 
@@ -78,11 +80,11 @@ def build_engine(
     backend = resolve_backend(options.backend)
     profile = options.profile.limited_to(graph.info.architecture.max_position_embeddings)
     progress(f"typing the graph as {options.precision}")
-    model = _typed(graph.model, options.precision)
+    model = _in_precision(graph.model, options.precision, backend)
     with atomic_directory(target) as folder:
         progress(f"building for {backend}")
         if backend.startswith("onnxruntime"):
-            built = _build_onnxruntime(model, folder, options)
+            built = _build_onnxruntime(model, folder, backend, options)
         else:
             built = _build_plan(model, folder, backend, profile, options)
         _copy_tokenizer(options.tokenizer or graph.tokenizer_files, folder)
@@ -129,12 +131,14 @@ def check_golden(engine: Engine) -> float:
     return difference
 
 
-def _typed(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
-    if precision is Precision.FP32:
-        return model
-    from convbert_deploy.calibration.typed import typed_graph
+def _in_precision(
+    model: onnx.ModelProto, precision: Precision, backend: str
+) -> onnx.ModelProto:
+    """A typed graph; for the CPU, half-precision weights and float32 arithmetic."""
+    from convbert_deploy.calibration import stored_graph, typed_graph
 
-    return typed_graph(model, precision)
+    change = stored_graph if backend == _CPU else typed_graph
+    return change(model, precision)
 
 
 def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -150,13 +154,14 @@ def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _build_onnxruntime(
-    model: onnx.ModelProto, folder: pathlib.Path, options: BuildOptions
+    model: onnx.ModelProto, folder: pathlib.Path, backend: str, options: BuildOptions
 ) -> _Built:
     from convbert_deploy.plugin_library import ort_library
 
     library = ort_library() if options.plugin else None
     write_model(without_functions(model) if options.plugin else model, folder / GRAPH)
-    return _Built(library, {"platform": platform_name()}, {})
+    arithmetic = Precision.FP32 if backend == _CPU else options.precision
+    return _Built(library, {"platform": platform_name(), "arithmetic": arithmetic}, {})
 
 
 def _build_plan(
@@ -181,6 +186,7 @@ def _build_plan(
     (folder / PLAN).write_bytes(plan.data)
     target = {
         "platform": platform_name(),
+        "arithmetic": options.precision,
         "compute_capabilities": list(plan_options.compute_capabilities) or ["this GPU"],
     }
     return _Built(library, target, plan.facts.to_json())

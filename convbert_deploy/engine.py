@@ -178,9 +178,14 @@ class Engine:
                 name=self.label,
             )
         from convbert_deploy.backends.tensorrt import TensorRTRunner
+        from convbert_deploy.plugin_library import tensorrt_library
 
         return TensorRTRunner(
-            (self.path / PLAN).read_bytes(), kind=manifest.backend, task=manifest.task, name=self.label
+            (self.path / PLAN).read_bytes(),
+            kind=manifest.backend,
+            task=manifest.task,
+            plugin_library=tensorrt_library() if manifest.plugin_nodes else None,
+            name=self.label,
         )
 
 

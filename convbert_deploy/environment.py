@@ -1,7 +1,7 @@
 """What this machine is and what is installed on it, as data.
 
 Versions come from package metadata: nothing heavy is imported, so this is quick and works when a
-package is broken. ``convbert_deploy.doctor`` turns the facts into checks.
+package is broken. ``convbert_deploy.diagnosis`` turns the facts into checks.
 """
 
 from __future__ import annotations
@@ -108,14 +108,17 @@ def versions() -> dict[str, str | None]:
     return found | {"convbert_deploy": __version__}
 
 
-def benchmark_header(facts: Environment, *, threads: int | None, device: str = "cpu") -> dict[str, str]:
+def benchmark_header(
+    facts: Environment, *, threads: int | None, device: str = "cpu"
+) -> dict[str, str]:
     """What a timing depends on, as lines to print above it.
 
     Args:
         threads: intra-op CPU threads asked for; None means each runtime's default.
         device: ``cpu`` or ``cuda``.
     """
-    cpu = f"{facts.cpu.model}, {facts.cpu.usable} usable CPUs, {', '.join(facts.cpu.isa) or 'no AVX2'}"
+    isa = ", ".join(facts.cpu.isa) or "no AVX2"
+    cpu = f"{facts.cpu.model}, {facts.cpu.usable} usable CPUs, {isa}"
     header = {"cpu": cpu}
     if device == "cuda" and facts.gpus:
         gpu = facts.gpus[0]

@@ -96,8 +96,8 @@ class BadIntermediate:
 class OutputSummary:
     """One output over all cases: the worst errors, the pooled argmax agreement.
 
-    scale: standard deviation of the reference over all judged positions of all cases; ``max_scaled`` and
-        ``mean_scaled`` are the absolute errors divided by it.
+    scale: standard deviation of the reference over all judged positions of all cases;
+        ``max_scaled`` and ``mean_scaled`` are the absolute errors divided by it.
     """
 
     output: str
@@ -207,9 +207,7 @@ def compare(
         for name, array in truth.items():
             real = token_mask(name, array, case.batch) if options.real_tokens_only else None
             scales.setdefault(name, Scale()).add(array if real is None else array[real])
-        cases.append(
-            CaseComparison(case.name, tuple(_compare_outputs(truth, answer, case.batch)))
-        )
+        cases.append(CaseComparison(case.name, tuple(_compare_outputs(truth, answer, case.batch))))
         tokens = case.batch["input_ids"].size
         if options.intermediates and tokens <= options.intermediates_max_tokens:
             checked.append(case.name)
@@ -254,7 +252,10 @@ def _compare_outputs(
             yield OutputComparison(name, expected.shape, None, problem=problem)
             continue
         yield OutputComparison(
-            name, expected.shape, measure_errors(name, expected, got), real_token_errors(name, expected, got, batch)
+            name,
+            expected.shape,
+            measure_errors(name, expected, got),
+            real_token_errors(name, expected, got, batch),
         )
     for name in answer:
         if name not in truth:

@@ -16,7 +16,6 @@ from convbert_deploy.backends.base import Batch
 _NO_DIRECTION = 1e-2
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Errors:
     """Distance of one array from its reference, over the finite elements of both.
@@ -100,7 +99,9 @@ def _min_cosine(reference: np.ndarray, values: np.ndarray, finite: np.ndarray) -
     return float(np.clip(cosines.min(), -1.0, 1.0))
 
 
-def real_token_errors(name: str, expected: np.ndarray, got: np.ndarray, batch: Batch) -> Errors | None:
+def real_token_errors(
+    name: str, expected: np.ndarray, got: np.ndarray, batch: Batch
+) -> Errors | None:
     """Errors at the real tokens of a per-token output; None for other outputs."""
     mask = token_mask(name, expected, batch)
     if mask is None:

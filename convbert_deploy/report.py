@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from convbert_deploy.benchmark import BenchmarkReport
-from convbert_deploy.doctor import Check
+from convbert_deploy.diagnosis import Check
 from convbert_deploy.parity import ParityReport
 from convbert_deploy.report_benchmark import benchmark_markdown, benchmark_text
 from convbert_deploy.report_parity import parity_markdown, parity_text

@@ -22,7 +22,13 @@ _HEADERS = (
 
 def benchmark_text(report: BenchmarkReport) -> str:
     """For a terminal: what the figures depend on, one row a candidate and point, warnings."""
-    lines = [*_header_lines(report, ""), "", text_table(*_table(report), left=2), "", _legend(report)]
+    lines = [
+        *_header_lines(report, ""),
+        "",
+        text_table(*_table(report), left=2),
+        "",
+        _legend(report),
+    ]
     if report.warnings:
         lines += ["", "Warnings:", *(f"  {text}" for text in _warning_texts(report))]
     return "\n".join(lines)
@@ -30,7 +36,13 @@ def benchmark_text(report: BenchmarkReport) -> str:
 
 def benchmark_markdown(report: BenchmarkReport) -> str:
     """For a file: the same as the terminal's."""
-    lines = ["# Benchmark", "", *_header_lines(report, "* "), "", markdown_table(*_table(report), left=2)]
+    lines = [
+        "# Benchmark",
+        "",
+        *_header_lines(report, "* "),
+        "",
+        markdown_table(*_table(report), left=2),
+    ]
     lines += ["", _legend(report)]
     if report.warnings:
         lines += ["", "## Warnings", "", *(f"* {text}" for text in _warning_texts(report))]

@@ -10,12 +10,12 @@ Row = Sequence[str]
 
 def text_table(headers: Row, rows: Sequence[Row], left: int = 1) -> str:
     """Columns padded with spaces; the first ``left`` columns flush left, the others right."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows)]
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     lines = [headers, ["-" * width for width in widths], *rows]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if index < left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(line, widths))
+            for index, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
@@ -31,7 +31,7 @@ def markdown_table(headers: Row, rows: Sequence[Row], left: int = 1) -> str:
 
 
 def short(value: float | None, digits: int = 3) -> str:
-    """Significant digits without an exponent where that stays short: 0.0123, 12.3, 1234, 1.2e-06."""
+    """Significant digits, with an exponent only below 0.001: 0.0123, 12.3, 1234, 1.23e-06."""
     if value is None:
         return "-"
     if not math.isfinite(value):

@@ -60,7 +60,11 @@ class Tolerance:
         upper = (
             ("max abs error", errors.max_abs, self.max_abs),
             ("max abs error over the output's deviation", errors.max_abs / scale, self.max_scaled),
-            ("mean abs error over the output's deviation", errors.mean_abs / scale, self.mean_scaled),
+            (
+                "mean abs error over the output's deviation",
+                errors.mean_abs / scale,
+                self.mean_scaled,
+            ),
         )
         for label, value, limit in upper:
             # Written so that NaN is a violation.
@@ -162,6 +166,6 @@ def tolerance_for(backend: str, precision: Precision | str) -> Tolerance:
     except (KeyError, ValueError) as error:
         backends = ", ".join(dict.fromkeys(name for name, _ in TOLERANCES))
         raise ConvBertDeployError(
-            f"no tolerance is known for backend {backend} at precision {precision}: expected one of "
-            f"{backends} at {', '.join(Precision)}"
+            f"no tolerance is known for backend {backend} at precision {precision}: expected one "
+            f"of {backends} at {', '.join(Precision)}"
         ) from error

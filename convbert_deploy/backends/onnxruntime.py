@@ -12,6 +12,9 @@ from convbert_deploy.backends.base import Batch, RunnerOptions
 from convbert_deploy.errors import EngineError, MissingDependencyError
 
 _ERRORS_ONLY = 3
+#: The CPU provider's fused residual + LayerNorm takes four times as long as the two operators it
+#: replaces (6 layers, hidden 384, 8x128: 18.7 ms against 4.5).
+_SLOWER_ON_CPU = ["SkipLayerNormFusion"]
 
 
 def import_onnxruntime() -> Any:
@@ -77,7 +80,10 @@ class OnnxRuntimeRunner:
         providers = ["CUDAExecutionProvider"] if self._cuda else []
         try:
             self._session = onnxruntime.InferenceSession(
-                self._model, options, providers=[*providers, "CPUExecutionProvider"]
+                self._model,
+                options,
+                providers=[*providers, "CPUExecutionProvider"],
+                disabled_optimizers=[] if self._cuda else _SLOWER_ON_CPU,
             )
         except Exception as error:  # the binding raises its own unrelated types
             raise EngineError(f"ONNX Runtime cannot load the graph: {error}") from error

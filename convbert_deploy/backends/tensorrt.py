@@ -140,8 +140,7 @@ class TensorRTRunner:
         array = np.ascontiguousarray(batch[name], dtype=np.int64)
         low, _, high = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, 0))
         fits = len(array.shape) == len(low) and all(
-            least <= size <= most
-            for least, size, most in zip(low, array.shape, high, strict=True)
+            least <= size <= most for least, size, most in zip(low, array.shape, high, strict=True)
         )
         if not fits or not self._context.set_input_shape(name, array.shape):
             raise ShapeError(

@@ -78,9 +78,7 @@ def load_plugins(trt: ModuleType, kind: Kind, library: pathlib.Path) -> None:
     if (kind, library) in _loaded_plugins:
         return
     if not library.is_file():
-        raise PluginError(
-            f"plugin library {library} does not exist", hint="convbert-deploy doctor"
-        )
+        raise PluginError(f"plugin library {library} does not exist", hint="convbert-deploy doctor")
     if kind == "tensorrt-rtx":
         provide_unversioned_rtx_library(trt)
     if trt.get_plugin_registry().load_library(str(library)) is None:
@@ -110,22 +108,24 @@ def provide_unversioned_rtx_library(trt: ModuleType) -> None:
     except OSError as error:
         raise PluginError(f"{versioned} is not in this process: {error}") from error
     content = forwarding_library(soname=_RTX_LIBRARY, needed=versioned)
-    _handles[_RTX_LIBRARY] = _load_from_memory(content)
+    _handles[_RTX_LIBRARY] = _load_from_memory(content, _RTX_LIBRARY)
 
 
-def _load_from_memory(content: bytes) -> ctypes.CDLL:
+def _load_from_memory(content: bytes, soname: str) -> ctypes.CDLL:
+    """Load an ELF image under its SONAME for the life of the process."""
     try:
-        descriptor = os.memfd_create(_RTX_LIBRARY)
-    except (AttributeError, OSError):  # macOS has no such call; some sandboxes forbid it
+        descriptor = os.memfd_create(soname)
+    except OSError:  # some sandboxes forbid it
         with tempfile.NamedTemporaryFile(suffix=".so") as file:
             file.write(content)
             file.flush()
             return ctypes.CDLL(file.name, mode=ctypes.RTLD_GLOBAL)
-    try:
-        os.write(descriptor, content)
-        return ctypes.CDLL(f"/proc/self/fd/{descriptor}", mode=ctypes.RTLD_GLOBAL)
-    finally:
-        os.close(descriptor)
+    os.write(descriptor, content)
+    # Never closed: the loader knows libraries by path, and would hand this one out again for the
+    # next library loaded through a descriptor of the same number.
+    library = ctypes.CDLL(f"/proc/self/fd/{descriptor}", mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(soname, mode=os.RTLD_NOLOAD | os.RTLD_NOW)  # raises OSError where it did just that
+    return library
 
 
 def forwarding_library(soname: str, needed: str) -> bytes:

@@ -32,9 +32,9 @@ class PlanOptions:
     """How a plan is built.
 
     plugin_library: None runs SpanDynamicConv as its model-local function (``--no-plugin``).
-    compute_capabilities: TensorRT-RTX targets such as ``("SM86", "SM89", "SM120")``; empty means all
-        it supports. TensorRT builds for the GPU present and takes none.
-    embed_plugin: put the library into the plan. Whoever runs such a plan runs native code out of it.
+    compute_capabilities: TensorRT-RTX targets such as ``("SM86", "SM89", "SM120")``; empty means
+        all it supports. TensorRT builds for the GPU present and takes none.
+    embed_plugin: put the library into the plan. Whoever runs the plan runs native code out of it.
     expected_plugin_layers: SpanDynamicConv nodes in the graph; a plan with fewer would be slow and
         say nothing. Ignored without a plugin library.
     """
@@ -53,7 +53,9 @@ class PlanFacts:
     ``kernels`` counts launches by TensorRT's layer class (TensorRT-RTX: kgen, gemm, runtime_fusion,
     correlation, custom_layer, ...); those that only order streams or compute shapes are left out.
     ``scratch_bytes`` is at the profile's largest shape. Both are None where the builder did not
-    print its listing.
+    print its listing. The file's own digest is
+    no fact: TensorRT-RTX 1.7 numbers its internal tensors, and lays out its constants, by heap
+    address. Two new processes without address randomization (``setarch -R``) write equal bytes.
     """
 
     runtime: str
@@ -153,8 +155,13 @@ def _parse(
         content, origin = _without_plugin_request(graph)
         parsed = parser.parse(content) if origin is None else parser.parse(content, origin)
     if not parsed:
-        message = parser.get_error(0).desc() if parser.num_errors else first_error(trt, logger)
+        message = first_error(trt, logger)
+        if parser.num_errors:
+            error = parser.get_error(0)
+            message = f"{error.desc()} (node {error.node_name()}, {error.node_operator()})"
         raise EngineError(f"{options.kind} cannot parse the graph: {message}")
+    if not network.num_outputs:
+        raise EngineError(f"{options.kind} found no outputs in the graph: it is no ONNX model")
     layers = (network.get_layer(index) for index in range(network.num_layers))
     found = sum(layer.type == trt.LayerType.PLUGIN_V3 for layer in layers)
     if with_plugin and found != options.expected_plugin_layers:

@@ -1,4 +1,4 @@
-"""Facts about a machine, read from texts of machines we do not have; and what doctor makes of them."""
+"""Facts about a machine, from texts of machines we do not have, and what doctor makes of them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from convbert_deploy import doctor as doctor_module
-from convbert_deploy.doctor import Status, check_library, doctor
+from convbert_deploy import diagnosis as doctor_module
+from convbert_deploy.diagnosis import Status, check_library, doctor
 from convbert_deploy.environment import (
     Gpu,
     benchmark_header,
@@ -81,7 +81,7 @@ def test_versions_cover_what_an_artifact_depends_on():
 def test_looking_imports_no_heavy_package():
     code = (
         "import sys; from convbert_deploy.environment import environment; environment(); "
-        "from convbert_deploy.doctor import doctor; import convbert_deploy.report; "
+        "from convbert_deploy.diagnosis import doctor; import convbert_deploy.report; "
         "print([m for m in ('torch', 'transformers', 'onnxruntime', 'tensorrt_rtx') "
         "if m in sys.modules])"
     )

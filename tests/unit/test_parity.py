@@ -6,17 +6,7 @@ import json
 
 import numpy as np
 import pytest
-
-from convbert_deploy.architecture import Task
-from convbert_deploy.errors import ConvBertDeployError
-from convbert_deploy.parity import CompareOptions, compare
-from convbert_deploy.parity_cases import NamedBatch, ParityShapes, parity_batches, random_batch
-from convbert_deploy.parity_errors import measure_errors
-from convbert_deploy.precision import Precision
-from convbert_deploy.shapes import ShapeProfile
-from convbert_deploy.tolerances import TOLERANCES, Tolerance, tolerance_for
 from factories import (
-    ODD_SHAPES,
     ONNX_SABOTAGES,
     SABOTAGES,
     FixedRunner,
@@ -28,7 +18,15 @@ from factories import (
     sabotage_onnx,
 )
 
+from convbert_deploy.architecture import Task
+from convbert_deploy.parity import CompareOptions, compare
+from convbert_deploy.parity_cases import NamedBatch, ParityShapes, parity_batches, random_batch
+from convbert_deploy.parity_errors import measure_errors
+from convbert_deploy.precision import Precision
+from convbert_deploy.tolerances import Tolerance, tolerance_for
+
 _FP32 = tolerance_for("onnx", Precision.FP32)
+_TENTH = Tolerance(max_abs=0.1)
 _TINY_ARCHITECTURE = architecture_of(realistic_model("tiny", Task.ENCODER))
 
 
@@ -41,7 +39,7 @@ def _logits_runner(name, logits):
     return FixedRunner(name, lambda batch: {"logits": np.asarray(logits, np.float32)})
 
 
-def _compare_logits(expected, got, tolerance=Tolerance(max_abs=0.1), batch=None, options=None):
+def _compare_logits(expected, got, tolerance=_TENTH, batch=None, options=None):
     batch = batch or random_batch(
         _TINY_ARCHITECTURE, Task.SEQUENCE_CLASSIFICATION, len(expected), 7
     )
@@ -82,9 +80,6 @@ def truth(small):
     """(batches, runner that replays the small model's fp32 answers)."""
     batches = _batches(small, Task.SEQUENCE_CLASSIFICATION)
     return batches, _replay(small, batches)
-
-
-# --- faults ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SABOTAGES)
@@ -170,9 +165,7 @@ def test_onnx_faults_do_what_the_eager_ones_do(kind):
     rng = np.random.default_rng(0)
     value = rng.standard_normal((2, seq, heads * dim)).astype(np.float32)
     logits = rng.standard_normal((2, seq, heads * taps)).astype(np.float32)
-    (got,) = onnx.reference.ReferenceEvaluator(fault).run(
-        None, {"value": value, "logits": logits}
-    )
+    (got,) = onnx.reference.ReferenceEvaluator(fault).run(None, {"value": value, "logits": logits})
     grouped = logits.reshape(2, seq, heads, taps)
     expected = {
         "uniform-kernel": np.zeros_like(logits),
@@ -193,9 +186,6 @@ def test_a_sabotage_that_changes_nothing_is_refused():
     model = realistic_model("one-head", Task.ENCODER)
     with pytest.raises(ValueError, match="changes nothing"), sabotage(model, "rolled-heads"):
         pass
-
-
-# --- errors ---------------------------------------------------------------------------------------
 
 
 def test_errors_of_known_arrays():
@@ -251,10 +241,11 @@ def test_padded_positions_count_unless_only_real_tokens_are_asked_for():
     assert not everywhere.passed
     assert everywhere.outputs["logits"].errors.max_abs == pytest.approx(5, rel=1e-5)
     assert everywhere.outputs["logits"].real_tokens.max_abs == 0
-    real = _compare_logits(expected, got, batch=batch, options=CompareOptions(real_tokens_only=True))
+    only_real = CompareOptions(real_tokens_only=True)
+    real = _compare_logits(expected, got, batch=batch, options=only_real)
     assert real.passed
     got[0, 0] += 1
-    again = _compare_logits(expected, got, batch=batch, options=CompareOptions(real_tokens_only=True))
+    again = _compare_logits(expected, got, batch=batch, options=only_real)
     assert not again.passed
 
 
@@ -319,7 +310,9 @@ def test_large_batches_are_not_asked_for_their_intermediates():
     report = _compare_logits(
         [[1.0, 2.0]],
         [[1.0, 2.0]],
-        options=CompareOptions(intermediates=lambda batch: [("x", 1, 0)], intermediates_max_tokens=6),
+        options=CompareOptions(
+            intermediates=lambda batch: [("x", 1, 0)], intermediates_max_tokens=6
+        ),
     )
     assert report.passed
     assert report.intermediates_checked == ()
@@ -328,137 +321,3 @@ def test_large_batches_are_not_asked_for_their_intermediates():
 def test_nothing_to_compare_is_not_a_pass():
     with pytest.raises(ValueError, match="no batches"):
         compare(_logits_runner("a", [[1]]), _logits_runner("b", [[1]]), [], Tolerance())
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-def test_the_default_cases_are_the_awkward_ones():
-    names = [case.name for case in parity_batches(_TINY_ARCHITECTURE, Task.ENCODER)]
-    for seq in (1, 2, 8, 17, 128):
-        assert {f"b1-s{seq}", f"b8-s{seq}"} <= set(names)
-        assert (f"b8-s{seq}-padded" in names) == (seq > 1)
-    assert len(set(names)) == len(names)
-
-
-@pytest.mark.parametrize("shape", ["tiny", "one-type", "positions-26", "vocab-96000"])
-def test_inputs_are_within_the_model_and_use_all_of_it(shape):
-    architecture = architecture_of(realistic_model(shape, Task.ENCODER))
-    batches = parity_batches(architecture, Task.ENCODER)
-    ids = np.concatenate([case.batch["input_ids"].ravel() for case in batches])
-    types = np.concatenate([case.batch["token_type_ids"].ravel() for case in batches])
-    assert ids.min() >= 0
-    assert ids.max() == architecture.vocab_size - 1
-    assert set(types) == set(range(architecture.type_vocab_size))
-    for case in batches:
-        mask, tokens = case.batch["attention_mask"], case.batch["input_ids"]
-        assert tokens.shape[1] <= architecture.max_position_embeddings
-        assert {array.dtype for array in case.batch.values()} == {np.dtype(np.int64)}
-        assert (np.diff(mask, axis=-1) <= 0).all(), "padding is on the right"
-        assert (mask[:, 0] == 1).all()
-        assert (tokens[mask == 0] == architecture.pad_token_id).all()
-        if case.name.endswith("padded"):
-            assert len(set(mask.sum(axis=-1))) > 1
-            assert mask[0].all(), "padded to the longest, not further"
-
-
-def test_cases_beyond_the_positions_are_listed_as_left_out():
-    architecture = architecture_of(realistic_model("positions-26", Task.ENCODER))
-    batches = parity_batches(architecture, Task.ENCODER)
-    assert "b1-s26" in [case.name for case in batches]
-    assert {case.name for case in batches.left_out} == {"b1-s128", "b8-s128", "b8-s128-padded"}
-    assert "26 positions" in batches.left_out[0].reason
-    report = compare(
-        FixedRunner("a", lambda b: {"logits": np.ones((1, 2), np.float32)}),
-        FixedRunner("b", lambda b: {"logits": np.ones((1, 2), np.float32)}),
-        batches,
-        Tolerance(),
-    )
-    assert report.left_out == batches.left_out
-
-
-def test_a_profile_bounds_the_cases_and_adds_its_own_corners():
-    profile = ShapeProfile.parse("batch=2:4:6,seq=20:30:40")
-    batches = parity_batches(_TINY_ARCHITECTURE, Task.ENCODER, ParityShapes(profile=profile))
-    shapes = {case.batch["input_ids"].shape for case in batches}
-    assert {(2, 20), (4, 30), (2, 40), (6, 30)} <= shapes
-    assert all(2 <= batch <= 6 and 20 <= seq <= 40 for batch, seq in shapes)
-    assert all("outside the profile" in case.reason for case in batches.left_out)
-    assert batches.left_out
-
-
-def test_multiple_choice_has_a_choice_axis():
-    batches = parity_batches(_TINY_ARCHITECTURE, Task.MULTIPLE_CHOICE)
-    choices = {case.batch["input_ids"].shape[1] for case in batches}
-    assert all(case.batch["input_ids"].ndim == 3 for case in batches)
-    assert choices == {2, 3}
-
-
-def test_the_same_seed_gives_the_same_batch_whichever_cases_run():
-    one = parity_batches(_TINY_ARCHITECTURE, Task.ENCODER, ParityShapes(seqs=(17,)))
-    many = parity_batches(_TINY_ARCHITECTURE, Task.ENCODER, ParityShapes(seqs=(2, 17)))
-    by_name = {case.name: case.batch for case in many}
-    for case in one:
-        np.testing.assert_array_equal(case.batch["input_ids"], by_name[case.name]["input_ids"])
-    other = parity_batches(_TINY_ARCHITECTURE, Task.ENCODER, ParityShapes(seqs=(17,)), seed=1)
-    assert (other[0].batch["input_ids"] != one[0].batch["input_ids"]).any()
-
-
-def test_too_many_tokens_are_left_out_by_name():
-    shapes = ParityShapes(seqs=(2, 128), max_tokens=256)
-    batches = parity_batches(_TINY_ARCHITECTURE, Task.ENCODER, shapes)
-    assert [case.name for case in batches.left_out] == ["b8-s128", "b8-s128-padded"]
-    assert "1024 tokens" in batches.left_out[0].reason
-
-
-# --- tolerances -----------------------------------------------------------------------------------
-
-
-def test_every_backend_has_every_precision_and_fp32_on_cpu_is_2e_5():
-    backends = {backend for backend, _ in TOLERANCES}
-    assert backends == {
-        "onnx",
-        "onnxruntime-cpu",
-        "onnxruntime-cuda",
-        "tensorrt",
-        "tensorrt-rtx",
-    }
-    assert set(TOLERANCES) == {(backend, one) for backend in backends for one in Precision}
-    assert tolerance_for("onnxruntime-cpu", "fp32").max_abs == 2e-5
-
-
-def test_an_unknown_row_is_a_users_error():
-    with pytest.raises(ConvBertDeployError, match="openvino"):
-        tolerance_for("openvino", Precision.FP32)
-
-
-def test_each_bound_is_enforced_and_nan_breaks_it():
-    errors = measure_errors("logits", np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]))
-
-    def broken(tolerance, scale=1.0):
-        return len(list(tolerance.violations(errors, scale, errors.argmax_agreement)))
-
-    assert broken(Tolerance()) == 0
-    assert broken(Tolerance(max_abs=0.9)) == 1
-    assert broken(Tolerance(max_scaled=0.9)) == 1
-    assert broken(Tolerance(max_scaled=0.9), scale=2.0) == 0
-    assert broken(Tolerance(mean_scaled=0.9)) == 1
-    assert broken(Tolerance(min_cosine=0.5)) == 1
-    assert broken(Tolerance(min_argmax_agreement=0.5)) == 1
-    assert broken(Tolerance(max_scaled=0.9), scale=float("nan")) == 1
-    assert Tolerance(max_abs=0.1, max_scaled=0.01).largest_abs(2.0) == pytest.approx(0.02)
-
-
-# --- factories ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", ODD_SHAPES)
-def test_odd_shapes_run_and_are_read_back_from_their_tensors(shape):
-    model = realistic_model(shape, Task.ENCODER)
-    architecture = architecture_of(model)
-    runner = ModuleRunner(model)
-    for seq in (1, 5, architecture.max_position_embeddings):
-        batch = random_batch(architecture, Task.ENCODER, 2, seq, padded=seq > 1)
-        (output,) = runner.infer(batch).values()
-        assert output.shape == (2, seq, architecture.hidden_size)
-        assert np.isfinite(output).all()

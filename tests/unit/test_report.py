@@ -8,7 +8,7 @@ import numpy as np
 from factories import FakeTimer, FixedRunner, fake_candidate_runner
 
 from convbert_deploy.benchmark import BenchOptions, Candidate, Point, measure
-from convbert_deploy.doctor import Check, Status
+from convbert_deploy.diagnosis import Check, Status
 from convbert_deploy.parity import CompareOptions, compare
 from convbert_deploy.parity_cases import LeftOut, NamedBatch, ParityBatches
 from convbert_deploy.report import checks_json, checks_text, to_json_text, to_markdown, to_text

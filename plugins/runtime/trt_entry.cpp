@@ -1,0 +1,93 @@
+// How TensorRT finds our creators: through getCreators (IPluginRegistry::loadLibrary, embedded
+// plugins), or, for a host that only opens the library (Triton's `plugins=`, ctypes), because the
+// library registers itself when it is loaded. No TensorRT symbol is linked: the registry is looked
+// up in the TensorRT that is already in the process, so one binary serves TensorRT and
+// TensorRT-RTX.
+#include <dlfcn.h>
+#include <link.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+
+#include "trt_log.h"
+
+namespace {
+
+using nvinfer1::ILoggerFinder;
+using nvinfer1::IPluginCreatorInterface;
+using nvinfer1::IPluginRegistry;
+
+std::atomic<ILoggerFinder*> gLoggerFinder{nullptr};
+IPluginRegistry* gRegistered = nullptr;  // where this library registered itself
+
+// A library opened with RTLD_LOCAL is invisible to dlsym(RTLD_DEFAULT): find it by its name among
+// the loaded ones. Its path is written to `found` (512 bytes).
+int findTensorRT(dl_phdr_info* info, size_t, void* found) {
+  char const* slash = strrchr(info->dlpi_name, '/');
+  char const* base = slash ? slash + 1 : info->dlpi_name;
+  bool const tensorrt = strncmp(base, "libnvinfer.so", 13) == 0 ||
+                        strncmp(base, "libtensorrt_rtx.so", 18) == 0;
+  if (tensorrt && strlen(info->dlpi_name) < 512) {
+    strcpy(static_cast<char*>(found), info->dlpi_name);
+    return 1;
+  }
+  return 0;
+}
+
+IPluginRegistry* loadedRegistry() {
+  void* symbol = dlsym(RTLD_DEFAULT, "getPluginRegistry");
+  if (symbol == nullptr) {
+    char path[512] = "";
+    dl_iterate_phdr(findTensorRT, path);
+    if (path[0] != '\0') {
+      if (void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD)) {
+        symbol = dlsym(library, "getPluginRegistry");
+        dlclose(library);  // only the reference RTLD_NOLOAD added
+      }
+    }
+  }
+  return symbol ? reinterpret_cast<IPluginRegistry* (*)()>(symbol)() : nullptr;
+}
+
+__attribute__((constructor)) void registerWhenLoaded() {
+  IPluginRegistry* registry = loadedRegistry();
+  if (registry != nullptr &&
+      registry->registerCreator(*convbert::trt::spanDynamicConvCreator(), "")) {
+    gRegistered = registry;
+  }
+}
+
+}  // namespace
+
+namespace convbert::trt {
+
+void logError(char const* message) noexcept {
+  ILoggerFinder* finder = gLoggerFinder.load();
+  nvinfer1::ILogger* logger = finder ? finder->findLogger() : nullptr;
+  if (logger != nullptr) {
+    logger->log(nvinfer1::ILogger::Severity::kERROR, message);
+  } else {
+    fprintf(stderr, "[convbert] %s\n", message);
+  }
+}
+
+}  // namespace convbert::trt
+
+extern "C" __attribute__((visibility("default"))) void setLoggerFinder(
+    nvinfer1::ILoggerFinder* finder) noexcept {
+  gLoggerFinder.store(finder);
+}
+
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const*
+getCreators(int32_t& count) noexcept {
+  // The caller registers what it gets; a creator registered twice is an error to TensorRT.
+  if (gRegistered != nullptr) {
+    gRegistered->deregisterCreator(*convbert::trt::spanDynamicConvCreator());
+    gRegistered = nullptr;
+  }
+  static nvinfer1::IPluginCreatorInterface* const kCreators[] = {
+      convbert::trt::spanDynamicConvCreator()};
+  count = 1;
+  return kCreators;
+}

@@ -1,0 +1,266 @@
+// The CUDA kernel, in two stages that are plain functions of (block, thread), so that
+// span_dynamic_conv_emulated.cpp can run the same index arithmetic on the host.
+//
+// A block owns `rowsPerThread * rowGroups` adjacent rows of one batch item and `headsPerBlock`
+// heads. Stage 1: softmax of the block's kernels into shared memory, as float. Stage 2: a thread
+// owns kVec adjacent channels of one head and slides down its rows with the last K value vectors in
+// registers: each value is loaded once per thread's run plus K - 1 of halo (which its neighbour in
+// the block has just brought into L1). The window is a ring indexed by compile-time constants, so
+// sliding costs no moves.
+#pragma once
+
+#include "../runtime/half.h"
+#include "span_dynamic_conv.h"
+
+#ifndef __CUDACC__
+#include <cmath>
+#endif
+
+namespace convbert {
+
+struct SpanDynamicConvPlan {
+  SpanDynamicConvParams params;
+  int32_t headsPerBlock;
+  int32_t headBlocks;
+  int32_t lanesPerHead;  // vectors of kVec channels in a head
+  int32_t rowsPerThread;
+  int32_t rowGroups;
+  int32_t rowBlocks;
+  int32_t threads;
+  int32_t sharedBytes;
+  int64_t blocks;
+  bool vectorised;  // 16-byte vectors; otherwise single channels
+};
+
+// Where block `block` works.
+struct SpanDynamicConvTile {
+  int64_t batch;
+  int64_t firstRow;
+  int32_t rows;
+  int32_t firstHead;
+  int32_t heads;
+};
+
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kMaxLanes = 128;
+
+inline int32_t elementBytes(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
+
+inline bool canVectorise(SpanDynamicConvParams const& p) {
+  int64_t const bytes = elementBytes(p.dtype);
+  int64_t const mixed = p.valueBatchStride | p.valueRowStride | p.outputBatchStride |
+                        p.outputRowStride | p.headDim;
+  uintptr_t const pointers =
+      reinterpret_cast<uintptr_t>(p.value) | reinterpret_cast<uintptr_t>(p.output);
+  return mixed * bytes % 16 == 0 && pointers % 16 == 0;
+}
+
+inline SpanDynamicConvPlan makePlan(SpanDynamicConvParams const& p, int32_t multiprocessors) {
+  SpanDynamicConvPlan plan{};
+  plan.params = p;
+  plan.vectorised = canVectorise(p);
+  int32_t const vec = plan.vectorised ? 16 / elementBytes(p.dtype) : 1;
+  plan.lanesPerHead = (p.headDim + vec - 1) / vec;
+  int32_t heads = kMaxLanes / plan.lanesPerHead;
+  heads = heads < 1 ? 1 : heads;
+  plan.headBlocks = (p.numHeads + heads - 1) / heads;
+  plan.headsPerBlock = (p.numHeads + plan.headBlocks - 1) / plan.headBlocks;
+  int32_t const lanes = plan.headsPerBlock * plan.lanesPerHead;
+  plan.rowGroups = kMaxThreads / lanes;
+  plan.rowGroups = plan.rowGroups < 1 ? 1 : plan.rowGroups;
+  // Longer runs re-read less halo; shorter ones give more threads. Take the longest run that still
+  // leaves every multiprocessor about three blocks of threads.
+  int64_t const vectors = int64_t(p.numHeads) * plan.lanesPerHead;
+  plan.rowsPerThread = 16;
+  while (plan.rowsPerThread > 1 &&
+         p.batch * ((p.seq + plan.rowsPerThread - 1) / plan.rowsPerThread) * vectors <
+             int64_t(multiprocessors) * 3 * kMaxThreads) {
+    plan.rowsPerThread /= 2;
+  }
+  // A short sequence needs fewer row groups; shared memory must stay under the 48 KB every device
+  // grants without asking.
+  int64_t const runs = (p.seq + plan.rowsPerThread - 1) / plan.rowsPerThread;
+  plan.rowGroups = plan.rowGroups < runs ? plan.rowGroups : static_cast<int32_t>(runs);
+  auto bytes = [&] {
+    return int64_t(plan.rowsPerThread) * plan.rowGroups * plan.headsPerBlock * p.kernelSize * 4;
+  };
+  while (plan.rowGroups > 1 && bytes() > 48 * 1024) {
+    --plan.rowGroups;
+  }
+  while (plan.rowsPerThread > 1 && bytes() > 48 * 1024) {
+    plan.rowsPerThread /= 2;
+  }
+  plan.sharedBytes = static_cast<int32_t>(bytes());
+  int64_t const tileRows = int64_t(plan.rowsPerThread) * plan.rowGroups;
+  plan.rowBlocks = static_cast<int32_t>((p.seq + tileRows - 1) / tileRows);
+  int32_t const items = lanes * plan.rowGroups;
+  plan.threads = items < kMaxThreads ? (items + 31) / 32 * 32 : kMaxThreads;
+  plan.blocks = p.batch * plan.rowBlocks * plan.headBlocks;
+  return plan;
+}
+
+CONVBERT_HD SpanDynamicConvTile tileOf(SpanDynamicConvPlan const& plan, int64_t block) {
+  SpanDynamicConvTile tile;
+  int32_t const headBlock = static_cast<int32_t>(block % plan.headBlocks);
+  int64_t const rest = block / plan.headBlocks;
+  int32_t const tileRows = plan.rowsPerThread * plan.rowGroups;
+  tile.batch = rest / plan.rowBlocks;
+  tile.firstRow = rest % plan.rowBlocks * tileRows;
+  int64_t const left = plan.params.seq - tile.firstRow;
+  tile.rows = left < tileRows ? static_cast<int32_t>(left) : tileRows;
+  tile.firstHead = headBlock * plan.headsPerBlock;
+  int32_t const headsLeft = plan.params.numHeads - tile.firstHead;
+  tile.heads = headsLeft < plan.headsPerBlock ? headsLeft : plan.headsPerBlock;
+  return tile;
+}
+
+// weights[(row * headsPerBlock + head) * K + k]
+template <typename T, int K>
+CONVBERT_HD void stageWeights(SpanDynamicConvPlan const& plan, int64_t block, int32_t thread,
+                              float* weights) {
+  SpanDynamicConvTile const tile = tileOf(plan, block);
+  SpanDynamicConvParams const& p = plan.params;
+  T const* logits = static_cast<T const*>(p.kernelLogits) + tile.batch * p.logitsBatchStride +
+                    tile.firstRow * p.logitsRowStride + int64_t(tile.firstHead) * K;
+  for (int32_t i = thread; i < tile.rows * tile.heads; i += plan.threads) {
+    int32_t const row = i / tile.heads;
+    int32_t const head = i % tile.heads;
+    T const* from = logits + row * p.logitsRowStride + head * K;
+    float tap[K];
+    float top = tap[0] = toFloat(from[0]);
+#pragma unroll
+    for (int k = 1; k < K; ++k) {
+      tap[k] = toFloat(from[k]);
+      top = tap[k] > top ? tap[k] : top;
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      tap[k] = expf(tap[k] - top);
+      sum += tap[k];
+    }
+    float const scale = 1.0f / sum;
+    float* to = weights + (row * plan.headsPerBlock + head) * K;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      to[k] = tap[k] * scale;
+    }
+  }
+}
+
+template <typename T, int kVec>
+CONVBERT_HD void loadVector(T const* from, float (&to)[kVec]) {
+  struct alignas(sizeof(T) * kVec) Packed {
+    T element[kVec];
+  };
+  Packed const packed = *reinterpret_cast<Packed const*>(from);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    to[i] = toFloat(packed.element[i]);
+  }
+}
+
+template <typename T, int kVec>
+CONVBERT_HD void storeVector(T* to, float const (&from)[kVec]) {
+  struct alignas(sizeof(T) * kVec) Packed {
+    T element[kVec];
+  };
+  Packed packed;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    packed.element[i] = fromFloat<T>(from[i]);
+  }
+  *reinterpret_cast<Packed*>(to) = packed;
+}
+
+template <typename T, int K, int kVec>
+CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int32_t thread,
+                             float const* weights) {
+  constexpr int kHalf = K / 2;
+  SpanDynamicConvTile const tile = tileOf(plan, block);
+  SpanDynamicConvParams const& p = plan.params;
+  int32_t const lanes = tile.heads * plan.lanesPerHead;
+  for (int32_t item = thread; item < lanes * plan.rowGroups; item += plan.threads) {
+    int32_t const lane = item % lanes;
+    int32_t const begin = item / lanes * plan.rowsPerThread;
+    int32_t end = begin + plan.rowsPerThread;
+    end = end < tile.rows ? end : tile.rows;
+    if (begin >= end) {
+      continue;
+    }
+    int32_t const head = lane / plan.lanesPerHead;
+    int64_t const channel = int64_t(tile.firstHead + head) * p.headDim +
+                            int64_t(lane % plan.lanesPerHead) * kVec;
+    T const* value = static_cast<T const*>(p.value) + tile.batch * p.valueBatchStride + channel;
+    T* output = static_cast<T*>(p.output) + tile.batch * p.outputBatchStride + channel;
+    float window[K][kVec];  // slot (row + kHalf - begin') % K, see below
+    int64_t const first = tile.firstRow + begin - kHalf;
+#pragma unroll
+    for (int k = 0; k < K - 1; ++k) {
+      int64_t const row = first + k;
+      if (row >= 0 && row < p.seq) {
+        loadVector<T, kVec>(value + row * p.valueRowStride, window[k]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) window[k][i] = 0.0f;
+      }
+    }
+    for (int32_t base = begin; base < end; base += K) {
+      // Output row base + j reads slots j, j + 1, ..., j + K - 1 (mod K); its newest value goes
+      // where the oldest of the row before lay.
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+        int32_t const r = base + j;
+        if (r < end) {
+          int64_t const row = tile.firstRow + r + kHalf;
+          constexpr int kLast = K - 1;
+          int const slot = (j + kLast) % K;
+          if (row < p.seq) {
+            loadVector<T, kVec>(value + row * p.valueRowStride, window[slot]);
+          } else {
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) window[slot][i] = 0.0f;
+          }
+          float const* weight = weights + (r * plan.headsPerBlock + head) * K;
+          float sum[kVec] = {};
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            float const w = weight[k];
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) sum[i] += w * window[(j + k) % K][i];
+          }
+          storeVector<T, kVec>(output + (tile.firstRow + r) * p.outputRowStride, sum);
+        }
+      }
+    }
+  }
+}
+
+// The one list of instantiations: calls visit.template operator()<T, K>() for the params given.
+template <typename T, typename Visitor>
+auto dispatchKernelSize(int32_t kernelSize, Visitor&& visit) {
+  switch (kernelSize) {
+    case 1: return visit.template run<T, 1>();
+    case 3: return visit.template run<T, 3>();
+    case 5: return visit.template run<T, 5>();
+    case 7: return visit.template run<T, 7>();
+    case 9: return visit.template run<T, 9>();
+    case 11: return visit.template run<T, 11>();
+    case 13: return visit.template run<T, 13>();
+    default: return visit.template run<T, 15>();  // validate() admits no other size
+  }
+}
+
+template <typename Visitor>
+auto dispatch(SpanDynamicConvParams const& p, Visitor&& visit) {
+  switch (p.dtype) {
+    case DataType::kFloat16: return dispatchKernelSize<Float16>(p.kernelSize, visit);
+    case DataType::kBFloat16: return dispatchKernelSize<BFloat16>(p.kernelSize, visit);
+    default: return dispatchKernelSize<float>(p.kernelSize, visit);
+  }
+}
+
+}  // namespace
+}  // namespace convbert
