@@ -7,6 +7,7 @@ import json
 import pathlib
 from collections.abc import Callable
 
+from convbert_deploy.benchmark import BenchmarkReport, BenchOptions
 from convbert_deploy.build import BuildOptions, build_engine
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.engine import Engine
@@ -52,7 +53,7 @@ def demo(
         f"## Export\n\n{graph_path.name}: {exported.nodes} nodes, opset {exported.info.opset}",
     ]
     if exported.parity:
-        sections.append(to_markdown(exported.parity))
+        sections.append(_section(exported.parity))
     engines, skipped = _build(graph, folder, progress)
     reports: list[ParityReport] = []
     sections.append("## Engines")
@@ -60,12 +61,12 @@ def demo(
         progress(f"verify {engine.path.name}")
         report = verify(engine, checkpoint, VerifyOptions(graph=in_graph))
         reports.append(report)
-        sections += [f"### {engine.path.name}", _facts(engine), to_markdown(report)]
+        sections += [f"### {engine.path.name}", _facts(engine), _section(report)]
     sections += [f"Not built: {reason}" for reason in skipped]
     progress("bench")
     runnable = tuple(engine.path for engine, in_graph in engines if not in_graph)
     request = BenchRequest(runnable, baseline=checkpoint, options=_BENCH)
-    sections += ["## Latency and throughput", to_markdown(bench(request, progress))]
+    sections += ["## Latency and throughput", _section(bench(request, progress))]
     sections += ["## Answers", _answers(engines[0][0].path, texts)]
     with atomic_file(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n")
@@ -99,6 +100,12 @@ def _build(
             continue
         engines.append((engine, engine.manifest.golden_max_abs is None))
     return engines, skipped
+
+
+def _section(report: ParityReport | BenchmarkReport) -> str:
+    """The report's Markdown with its headings below ours."""
+    lines = to_markdown(report).splitlines()
+    return "\n".join(f"###{line}" if line.startswith("#") else line for line in lines)
 
 
 def _facts(engine: Engine) -> str:

@@ -142,8 +142,8 @@ def _onnx_fault(kind: str, source: str, target: str, sizes: tuple[int, int]) -> 
         add("Sub", [source, source], target)
     elif kind == "shift-by-one":
         bounds = [integers("one", 1), integers("end", 2**31 - 1), integers("axis", 1)]
-        rest = add("Slice", [source, *bounds], f"{target}_rest")
-        add("Pad", [rest, integers("pads", 0, 0, 0, 0, 1, 0)], target)
+        longer = add("Pad", [source, integers("pads", 0, 0, 0, 0, 1, 0)], f"{target}_longer")
+        add("Slice", [longer, *bounds], target)
     else:
         grouped_shape = integers("grouped_shape", 0, 0, heads, taps)
         grouped = add("Reshape", [source, grouped_shape], f"{target}_grouped")

@@ -18,6 +18,7 @@ CONVBERT_SAME_SLOT(GetTensorMutableData, kGetTensorMutableData);
 CONVBERT_SAME_SLOT(GetTensorElementType, kGetTensorElementType);
 CONVBERT_SAME_SLOT(GetDimensionsCount, kGetDimensionsCount);
 CONVBERT_SAME_SLOT(GetDimensions, kGetDimensions);
+CONVBERT_SAME_SLOT(GetSymbolicDimensions, kGetSymbolicDimensions);
 CONVBERT_SAME_SLOT(GetTensorTypeAndShape, kGetTensorTypeAndShape);
 CONVBERT_SAME_SLOT(KernelInfoGetAttribute_int64, kKernelInfoGetAttributeInt64);
 CONVBERT_SAME_SLOT(KernelContext_GetInput, kKernelContextGetInput);

@@ -41,6 +41,7 @@ enum Slot : size_t {
   kGetTensorElementType = 60,
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
+  kGetSymbolicDimensions = 63,
   kGetTensorTypeAndShape = 65,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
@@ -91,6 +92,10 @@ struct Api {
   }
   Status* getDimensions(TensorInfo const* info, int64_t* out, size_t count) const noexcept {
     return call<Status*>(kGetDimensions, info, out, count);
+  }
+  Status* getSymbolicDimensions(TensorInfo const* info, char const** out,
+                                size_t count) const noexcept {
+    return call<Status*>(kGetSymbolicDimensions, info, out, count);
   }
   Status* getTensorTypeAndShape(Value const* value, TensorInfo** out) const noexcept {
     return call<Status*>(kGetTensorTypeAndShape, value, out);

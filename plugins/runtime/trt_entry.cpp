@@ -10,6 +10,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include <NvInferVersion.h>
+
 #include "trt_log.h"
 
 namespace {
@@ -35,19 +37,45 @@ int findTensorRT(dl_phdr_info* info, size_t, void* found) {
   return 0;
 }
 
+void* findSymbol(void* library, char const* name) {
+  return library ? dlsym(library, name) : dlsym(RTLD_DEFAULT, name);
+}
+
+// The registry of the TensorRT in this process, or null.
+//
+// The registry is a table of virtual functions whose order holds within a major version only
+// (TensorRT-RTX dropped its first entries: calling through the wrong table crashes). So it is used
+// only where the major version is that of the headers we were built with; elsewhere the host calls
+// getCreators.
 IPluginRegistry* loadedRegistry() {
-  void* symbol = dlsym(RTLD_DEFAULT, "getPluginRegistry");
-  if (symbol == nullptr) {
+  void* library = nullptr;
+  if (findSymbol(nullptr, "getPluginRegistry") == nullptr) {
     char path[512] = "";
     dl_iterate_phdr(findTensorRT, path);
-    if (path[0] != '\0') {
-      if (void* library = dlopen(path, RTLD_NOW | RTLD_NOLOAD)) {
-        symbol = dlsym(library, "getPluginRegistry");
-        dlclose(library);  // only the reference RTLD_NOLOAD added
-      }
+    library = path[0] != '\0' ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+    if (library == nullptr) {
+      return nullptr;
     }
   }
-  return symbol ? reinterpret_cast<IPluginRegistry* (*)()>(symbol)() : nullptr;
+  IPluginRegistry* registry = nullptr;
+  void* const getVersion = findSymbol(library, "getInferLibVersion");
+  void* const getRegistry = findSymbol(library, "getPluginRegistry");
+  if (getVersion != nullptr && getRegistry != nullptr) {
+    int32_t const major = reinterpret_cast<int32_t (*)()>(getVersion)() / 10000;
+    if (major == NV_TENSORRT_MAJOR) {
+      registry = reinterpret_cast<IPluginRegistry* (*)()>(getRegistry)();
+    } else if (major >= 10) {  // TensorRT-RTX counts from 1 and always loads through getCreators
+      fprintf(stderr,
+              "[convbert] this library was built with TensorRT %d headers and does not register "
+              "itself in TensorRT %d: load it with IPluginRegistry::loadLibrary, or rebuild it "
+              "with -DTensorRT_ROOT\n",
+              NV_TENSORRT_MAJOR, major);
+    }
+  }
+  if (library != nullptr) {
+    dlclose(library);  // only the reference that RTLD_NOLOAD added
+  }
+  return registry;
 }
 
 __attribute__((constructor)) void registerWhenLoaded() {

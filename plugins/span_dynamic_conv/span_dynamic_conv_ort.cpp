@@ -183,10 +183,27 @@ Status* createKernel(CustomOp const* op, Api const*, KernelInfo const* info, voi
   return *out != nullptr ? nullptr : gApi->createStatus(kFail, "SpanDynamicConv: out of memory");
 }
 
-// The output has the shape and the type of `value`, symbolic axes included.
+// The output has the shape and the type of `value`, symbolic axes included. An axis that is neither a
+// number nor a name comes back from ONNX Runtime as -1, and would be handed on as the number -1: then
+// nothing is said about the output, which is always right.
 Status* inferShape(CustomOp const*, ShapeInferContext* context) {
   TensorInfo* info = nullptr;
   CONVBERT_RETURN_IF_STATUS(gApi->shapeInferGetInput(context, 0, &info));
+  size_t rank = 0;
+  CONVBERT_RETURN_IF_STATUS(gApi->getDimensionsCount(info, &rank));
+  int64_t dims[3];
+  char const* names[3] = {};
+  if (rank != 3) {
+    return nullptr;
+  }
+  CONVBERT_RETURN_IF_STATUS(gApi->getDimensions(info, dims, rank));
+  CONVBERT_RETURN_IF_STATUS(gApi->getSymbolicDimensions(info, names, rank));
+  for (size_t axis = 0; axis < rank; ++axis) {
+    bool const named = names[axis] != nullptr && names[axis][0] != '\0';
+    if (dims[axis] < 0 && !named) {
+      return nullptr;
+    }
+  }
   return gApi->shapeInferSetOutput(context, 0, info);
 }
 

@@ -43,7 +43,8 @@ def run(kernels, route, value, logits, num_heads, kernel_size):
     status = run_route(kernels, route, params_of(value, logits, output, num_heads, kernel_size))
     assert status == 0, kernels.convbert_status_message(status)
     sentinel = torch.tensor(12345.0, dtype=value.dtype)
-    assert (store[:GUARD] == sentinel).all() and (store[GUARD + size :] == sentinel).all()
+    assert (store[:GUARD] == sentinel).all()
+    assert (store[GUARD + size :] == sentinel).all()
     return output
 
 
@@ -102,7 +103,8 @@ def test_extreme_logits(kernels, route) -> None:
     logits[0, 7, 3] = float("nan")
     output = run(kernels, route, value, logits, 2, 9)
     assert torch.isnan(output[0, 7, :16]).all(), "a NaN logit was hidden"
-    assert torch.isfinite(output[0, 7, 16:]).all() and torch.isfinite(output[0, 6]).all()
+    assert torch.isfinite(output[0, 7, 16:]).all()
+    assert torch.isfinite(output[0, 6]).all()
 
 
 def _drop_last_tap(value, logits, heads, taps):
@@ -148,7 +150,8 @@ def test_refusals(kernels) -> None:
             call = getattr(kernels, f"convbert_span_dynamic_conv_{entry}")
             arguments = [ctypes.byref(params)] + ([4] if entry == "emulated" else [])
             status = call(*arguments)
-            assert status and message in kernels.convbert_status_message(status), (field, entry)
+            assert status, (field, entry)
+            assert message in kernels.convbert_status_message(status), (field, entry)
     assert (output == 5.0).all(), "a refused call wrote to its output"
 
 
@@ -207,7 +210,8 @@ def test_onnxruntime_operator(ort_library, dtype, kernel_size) -> None:
 
 def test_onnxruntime_infers_the_output_shape(ort_library) -> None:
     outputs = session(ort_library, one_node_model("fp32", 2, 3)).get_outputs()
-    assert outputs[0].type == "tensor(float)" and len(outputs[0].shape) == 3
+    assert outputs[0].type == "tensor(float)"
+    assert len(outputs[0].shape) == 3
 
 
 @pytest.mark.parametrize(
