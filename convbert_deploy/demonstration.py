@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from convbert_deploy.benchmark import BenchmarkReport, BenchOptions
 from convbert_deploy.build import BuildOptions, build_engine
@@ -21,7 +22,8 @@ from convbert_deploy.provenance import atomic_file
 from convbert_deploy.report import to_markdown
 from convbert_deploy.verification import VerifyOptions, verify
 
-_ANSWERED_LINES = 5
+_ANSWERED_LINES = 200
+_SHOWN_LINES = 3
 _BENCH = BenchOptions(min_time_s=1.0, max_runs=200)
 
 
@@ -122,9 +124,28 @@ def _answers(engine: pathlib.Path, texts: pathlib.Path) -> str:
     from convbert_deploy.serving.answering import run
 
     lines = texts.read_text().splitlines()[:_ANSWERED_LINES]
-    answers = run(engine, lines)
-    blocks = [
+    answers = list(run(engine, lines))
+    shown = [
         f"{line}\n{json.dumps(answer, ensure_ascii=False)}"
-        for line, answer in zip(lines, answers, strict=True)
+        for line, answer in zip(lines[:_SHOWN_LINES], answers, strict=False)
     ]
-    return "```\n" + "\n\n".join(blocks) + "\n```"
+    parts = ["```\n" + "\n\n".join(shown) + "\n```"]
+    agreed, words = _agreement(lines, answers)
+    if words:
+        parts.append(
+            f"The answers agree with the annotators on {agreed} of {words} words "
+            f"({agreed / words:.1%}) in {len(lines)} sentences."
+        )
+    return "\n\n".join(parts)
+
+
+def _agreement(lines: list[str], answers: list[dict[str, Any]]) -> tuple[int, int]:
+    """Words labelled as in the ``tags`` of the same line, and words that have a tag."""
+    agreed = words = 0
+    for line, answer in zip(lines, answers, strict=True):
+        tags = json.loads(line).get("tags") if line.startswith("{") else None
+        if tags and "words" in answer:
+            labels = [word["label"] for word in answer["words"]]
+            agreed += sum(a == b for a, b in zip(labels, tags, strict=False))
+            words += len(tags)
+    return agreed, words

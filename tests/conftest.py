@@ -38,6 +38,12 @@ def sample_path() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def sample_texts() -> pathlib.Path:
+    """Labelled sentences, one JSON object a line."""
+    return SAMPLE.parent / "brown-pos.jsonl"
+
+
+@pytest.fixture(scope="session")
 def sample(sample_path: pathlib.Path) -> Checkpoint:
     """The trained part-of-speech tagger of samples/."""
     return Checkpoint.load(sample_path)
