@@ -108,9 +108,7 @@ def _check_range(name: str, what: str, array: np.ndarray, bound: int) -> None:
     bad = (array < 0) | (array >= bound)
     if bad.any():
         index = tuple(np.argwhere(bad)[0])
-        raise InputError(
-            f"{name} {_place(index)}: {what} {array[index]} is outside 0..{bound - 1}"
-        )
+        raise InputError(f"{name} {_place(index)}: {what} {array[index]} is outside 0..{bound - 1}")
 
 
 def _check_right_padded(mask: np.ndarray) -> None:
@@ -172,7 +170,9 @@ Request = Union[TextRequest, WordsRequest, QuestionRequest, ChoiceRequest]
 _FORMS: dict[Task, tuple[tuple[type, str], ...]] = {
     Task.ENCODER: ((TextRequest, '{"text": "..."}'),),
     Task.MASKED_LM: ((TextRequest, '{"text": "... [MASK] ..."}'),),
-    Task.SEQUENCE_CLASSIFICATION: ((TextRequest, '{"text": "...", "text_pair": "..." (optional)}'),),
+    Task.SEQUENCE_CLASSIFICATION: (
+        (TextRequest, '{"text": "...", "text_pair": "..." (optional)}'),
+    ),
     Task.TOKEN_CLASSIFICATION: (
         (TextRequest, '{"text": "..."}'),
         (WordsRequest, '{"words": ["...", "..."]}'),

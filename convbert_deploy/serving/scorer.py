@@ -184,7 +184,9 @@ class Scorer:
             rows = sequences.windows(tokenizer, None, pieces, length, options.window_overlap)
         else:
             pieces = self._pieces("text", request.text)
-            pair = None if request.text_pair is None else self._pieces("text_pair", request.text_pair)
+            pair = (
+                None if request.text_pair is None else self._pieces("text_pair", request.text_pair)
+            )
             row, truncated = sequences.cut(tokenizer, pieces, pair, length)
             rows = [row]
             self._check_masks(pieces, row)

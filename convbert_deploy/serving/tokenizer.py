@@ -79,7 +79,9 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise MissingDependencyError("tokenizers", needed_for="text input", extra="serve") from error
+            raise MissingDependencyError(
+                "tokenizers", needed_for="text input", extra="serve"
+            ) from error
         path = pathlib.Path(path)
         names = [path] if path.is_file() else [path / "tokenizer.json", path / "vocab.txt"]
         source = next((name for name in names if name.is_file()), None)
@@ -96,7 +98,9 @@ class Tokenizer:
             else:
                 backend = _word_piece(text, config, special)
         except Exception as error:  # the library raises bare Exception for a malformed file
-            raise CheckpointError(f"tokenizer {source} is unreadable: {error}", hint=_HINT) from error
+            raise CheckpointError(
+                f"tokenizer {source} is unreadable: {error}", hint=_HINT
+            ) from error
         return cls(backend, special, source=source)
 
     def pieces(self, text: str) -> Pieces:

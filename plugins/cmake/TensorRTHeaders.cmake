@@ -8,8 +8,10 @@ if(NOT TENSORRT_INCLUDE_DIR AND CONVBERT_FETCH_TENSORRT_HEADERS)
   set(fetched ${CMAKE_BINARY_DIR}/tensorrt_headers)
   find_package(Python3 QUIET COMPONENTS Interpreter)
   if(NOT EXISTS ${fetched}/kernel_lens/include/tensorrt/NvInfer.h AND Python3_Interpreter_FOUND)
+    # Inside `pip install` PYTHONPATH shows an isolated environment, which has no pip.
     execute_process(
-      COMMAND ${Python3_EXECUTABLE} -m pip download --quiet --disable-pip-version-check
+      COMMAND ${CMAKE_COMMAND} -E env --unset=PYTHONPATH
+              ${Python3_EXECUTABLE} -m pip download --quiet --disable-pip-version-check
               --no-deps --only-binary :all: --dest ${fetched} kernel-lens==2.0.1
       RESULT_VARIABLE failed ERROR_VARIABLE why OUTPUT_QUIET)
     file(GLOB wheel ${fetched}/kernel_lens-*.whl)

@@ -21,10 +21,15 @@ def pieces(text, words=None):
         at += len(part) + 1
     words = tuple(range(len(parts))) if words is None else words
     spans = [
-        (min(o[0] for o, w in zip(offsets, words) if w == n), max(o[1] for o, w in zip(offsets, words) if w == n))
+        (
+            min(o[0] for o, w in zip(offsets, words) if w == n),
+            max(o[1] for o, w in zip(offsets, words) if w == n),
+        )
         for n in range(max(words) + 1)
     ]
-    return Pieces(text, tuple(range(10, 10 + len(parts))), tuple(parts), tuple(offsets), words, tuple(spans))
+    return Pieces(
+        text, tuple(range(10, 10 + len(parts))), tuple(parts), tuple(offsets), words, tuple(spans)
+    )
 
 
 def one_hot(best, labels, logit=5.0):
@@ -37,7 +42,9 @@ def test_classification_softmax_regression_and_multi_label():
     logits = np.array([0.0, math.log(3)], np.float32)
     single = decode.sequence_classification(logits, ("no", "yes"), None)
     assert (single["label"], single["score"]) == ("yes", pytest.approx(0.75))
-    assert decode.sequence_classification(np.array([2.5], np.float32), ("x",), None) == {"value": 2.5}
+    assert decode.sequence_classification(np.array([2.5], np.float32), ("x",), None) == {
+        "value": 2.5
+    }
     both = decode.sequence_classification(np.array([1.0, 2.0]), ("a", "b"), "regression")
     assert both == {"values": {"a": 1.0, "b": 2.0}}
     multi = decode.sequence_classification(

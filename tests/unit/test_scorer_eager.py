@@ -22,8 +22,14 @@ from convbert_deploy.serving.tokenizer import Tokenizer
 FOLDER = pathlib.Path(__file__).parents[2] / "samples" / "convbert-pos-brown"
 OBJECTS = {
     Task.ENCODER: [{"text": "a short one"}, {"text": "The film was long , and good ."}],
-    Task.MASKED_LM: [{"text": "the [MASK] was good"}, {"text": "she [MASK] the long road [MASK] ."}],
-    Task.SEQUENCE_CLASSIFICATION: [{"text": "so good"}, {"text": "it is", "text_pair": "is it not ?"}],
+    Task.MASKED_LM: [
+        {"text": "the [MASK] was good"},
+        {"text": "she [MASK] the long road [MASK] ."},
+    ],
+    Task.SEQUENCE_CLASSIFICATION: [
+        {"text": "so good"},
+        {"text": "it is", "text_pair": "is it not ?"},
+    ],
     Task.TOKEN_CLASSIFICATION: [{"text": "Don't stop ."}, {"words": ["New", "York", "is", "long"]}],
     Task.QUESTION_ANSWERING: [
         {"question": "what ?", "context": "The film was long ."},
@@ -50,7 +56,9 @@ def numbers(answer):
 def test_batched_answers_equal_single_ones(task, padding):
     model = realistic_model("tiny", task, vocab_size=9000)
     sizes = architecture_of(model)
-    limits = InputLimits(task, sizes.vocab_size, sizes.max_position_embeddings, sizes.type_vocab_size)
+    limits = InputLimits(
+        task, sizes.vocab_size, sizes.max_position_embeddings, sizes.type_vocab_size
+    )
     with EagerRunner(model, task, RunnerOptions(threads=1), padding=padding) as runner:
         scorer = Scorer(runner, Tokenizer.load(FOLDER), ScorerOptions(limits, padding=padding))
         together = scorer.score_json(OBJECTS[task] * 2)
