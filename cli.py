@@ -41,7 +41,9 @@ class Cli(click.Group):
             ctx.exit(3)
 
 
-@click.group(cls=Cli, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Cli, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="convbert-deploy")
 def main() -> None:
     """Export ConvBERT checkpoints, build engines, prove them, time them, ask them."""
@@ -75,13 +77,24 @@ def load_checkpoint(
 @click.option("--config", type=PATH, help="config.json  [default: beside the weights]")
 @click.option("--tokenizer", type=PATH, help="tokenizer.json, vocab.txt or folder")
 @click.option("--task", type=click.Choice(TASKS), help="head to use  [default: from the weights]")
-@click.option("--padding", type=click.Choice(["hf", "masked"]), default="hf",
-              help="hf: as transformers at the same padded shape; masked: pads change nothing")
+@click.option(
+    "--padding",
+    type=click.Choice(["hf", "masked"]),
+    default="hf",
+    help="hf: as transformers at the same padded shape; masked: pads change nothing",
+)
 @click.option("--no-check", is_flag=True, help="skip the comparison with the eager model")
 @click.option("--json", "as_json", is_flag=True, help="machine-readable result")
-def export(ckpt: pathlib.Path, output: pathlib.Path | None, config: pathlib.Path | None,
-           tokenizer: pathlib.Path | None, task: str | None, padding: str, no_check: bool,
-           as_json: bool) -> None:
+def export(
+    ckpt: pathlib.Path,
+    output: pathlib.Path | None,
+    config: pathlib.Path | None,
+    tokenizer: pathlib.Path | None,
+    task: str | None,
+    padding: str,
+    no_check: bool,
+    as_json: bool,
+) -> None:
     """Trace a checkpoint to one ONNX graph and check it against the eager model."""
     from convbert_deploy.exporting import ExportOptions
     from convbert_deploy.exporting import export as run_export
@@ -93,7 +106,9 @@ def export(ckpt: pathlib.Path, output: pathlib.Path | None, config: pathlib.Path
         progress(f"activation, epsilon, pad id and labels from {checkpoint.config_path}")
     if checkpoint.dropped:
         progress(f"left out, not of this task: {', '.join(checkpoint.dropped)}")
-    target = output or pathlib.Path(f"{ckpt.resolve().stem if ckpt.is_file() else ckpt.resolve().name}.onnx")
+    target = output or pathlib.Path(
+        f"{ckpt.resolve().stem if ckpt.is_file() else ckpt.resolve().name}.onnx"
+    )
     options = ExportOptions(padding=padding, check=not no_check, command=command_line())
     result = run_export(checkpoint, target, options, progress)
     if as_json:
@@ -102,26 +117,45 @@ def export(ckpt: pathlib.Path, output: pathlib.Path | None, config: pathlib.Path
         return
     if result.parity:
         click.echo(to_text(result.parity))
-    click.echo(f"wrote {target}: {result.nodes} nodes, opset {result.info.opset}, padding {padding}")
+    click.echo(
+        f"wrote {target}: {result.nodes} nodes, opset {result.info.opset}, padding {padding}"
+    )
 
 
 @main.command("build-engine")
 @click.argument("graph", required=False, type=PATH)
-@click.option("-o", "--output", type=PATH, help="bundle to write  [default: ./NAME.PRECISION.engine]")
+@click.option(
+    "-o", "--output", type=PATH, help="bundle to write  [default: ./NAME.PRECISION.engine]"
+)
 @click.option("--fp32", "precision", flag_value="fp32", help="32-bit floats  [default]")
 @click.option("--fp16", "precision", flag_value="fp16", help="16-bit floats")
 @click.option("--bf16", "precision", flag_value="bf16", help="bfloat16")
-@click.option("--backend", default="auto",
-              type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]))
+@click.option(
+    "--backend",
+    default="auto",
+    type=click.Choice(["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]),
+)
 @click.option("--shapes", default="batch=1:8:32,seq=1:128:512", help="MIN:OPT:MAX of each axis")
-@click.option("--target", "capabilities", multiple=True,
-              help="GPU of a tensorrt-rtx plan, such as SM89; repeat  [default: SM86 SM89 SM120]")
+@click.option(
+    "--target",
+    "capabilities",
+    multiple=True,
+    help="GPU of a tensorrt-rtx plan, such as SM89; repeat  [default: SM86 SM89 SM120]",
+)
 @click.option("--tokenizer", type=PATH, help="tokenizer.json, vocab.txt or folder")
 @click.option("--no-plugin", is_flag=True, help="leave the convolution to standard operators")
 @click.option("--json", "as_json", is_flag=True, help="print the manifest")
-def build_engine(graph: pathlib.Path | None, output: pathlib.Path | None, precision: str | None,
-                 backend: str, shapes: str, capabilities: tuple[str, ...],
-                 tokenizer: pathlib.Path | None, no_plugin: bool, as_json: bool) -> None:
+def build_engine(
+    graph: pathlib.Path | None,
+    output: pathlib.Path | None,
+    precision: str | None,
+    backend: str,
+    shapes: str,
+    capabilities: tuple[str, ...],
+    tokenizer: pathlib.Path | None,
+    no_plugin: bool,
+    as_json: bool,
+) -> None:
     """Build an engine bundle from GRAPH, or from the newest export in this folder."""
     from convbert_deploy.build import DEFAULT_CAPABILITIES, BuildOptions
     from convbert_deploy.build import build_engine as run_build
@@ -151,8 +185,10 @@ def build_engine(graph: pathlib.Path | None, output: pathlib.Path | None, precis
     checked = "not run: no such GPU here"
     if manifest.golden_max_abs is not None:
         checked = f"max abs difference {manifest.golden_max_abs:.2g}"
-    click.echo(f"wrote {target}: {engine.label}, {manifest.plugin_nodes} SpanDynamicConv kernels, "
-               f"{manifest.profile}; golden request {checked}")
+    click.echo(
+        f"wrote {target}: {engine.label}, {manifest.plugin_nodes} SpanDynamicConv kernels, "
+        f"{manifest.profile}; golden request {checked}"
+    )
     for key, value in manifest.plan.items():
         click.echo(f"  {key}: {value}")
 
@@ -165,8 +201,15 @@ def build_engine(graph: pathlib.Path | None, output: pathlib.Path | None, precis
 @click.option("--graph", is_flag=True, help="the graph a plan was built from, on this CPU")
 @click.option("--cases", is_flag=True, help="a line for every shape")
 @click.option("--json", "as_json", is_flag=True, help="the whole report")
-def verify(engine: pathlib.Path, against: pathlib.Path, config: pathlib.Path | None,
-           task: str | None, graph: bool, cases: bool, as_json: bool) -> None:
+def verify(
+    engine: pathlib.Path,
+    against: pathlib.Path,
+    config: pathlib.Path | None,
+    task: str | None,
+    graph: bool,
+    cases: bool,
+    as_json: bool,
+) -> None:
     """Compare ENGINE with the eager model on many shapes; exit 1 outside the tolerance."""
     from convbert_deploy.engine import Engine
     from convbert_deploy.report import to_json_text, to_text
@@ -174,8 +217,12 @@ def verify(engine: pathlib.Path, against: pathlib.Path, config: pathlib.Path | N
     from convbert_deploy.verification import VerifyOptions
     from convbert_deploy.verification import verify as run_verify
 
-    report = run_verify(Engine.load(engine), load_checkpoint(against, config, task=task),
-                        VerifyOptions(graph=graph), progress)
+    report = run_verify(
+        Engine.load(engine),
+        load_checkpoint(against, config, task=task),
+        VerifyOptions(graph=graph),
+        progress,
+    )
     if as_json:
         click.echo(to_json_text(report))
     else:
@@ -194,9 +241,18 @@ def verify(engine: pathlib.Path, against: pathlib.Path, config: pathlib.Path | N
 @click.option("--warmup", default=3, help="runs left out of the statistics")
 @click.option("--json", "json_file", type=PATH, help="write JSON here; - is stdout")
 @click.option("--markdown", "markdown_file", type=PATH, help="write Markdown here; - is stdout")
-def bench(engines: tuple[pathlib.Path, ...], baseline: pathlib.Path | None, batch: str, seq: str,
-          threads: int | None, min_time: float, max_runs: int, warmup: int,
-          json_file: pathlib.Path | None, markdown_file: pathlib.Path | None) -> None:
+def bench(
+    engines: tuple[pathlib.Path, ...],
+    baseline: pathlib.Path | None,
+    batch: str,
+    seq: str,
+    threads: int | None,
+    min_time: float,
+    max_runs: int,
+    warmup: int,
+    json_file: pathlib.Path | None,
+    markdown_file: pathlib.Path | None,
+) -> None:
     """Time ENGINES in interleaved runs, beside the eager model."""
     from convbert_deploy.benchmark import BenchOptions
     from convbert_deploy.engine_benchmark import BenchRequest
@@ -209,8 +265,9 @@ def bench(engines: tuple[pathlib.Path, ...], baseline: pathlib.Path | None, batc
         batches=integers(batch),
         seqs=integers(seq),
         threads=threads,
-        options=BenchOptions(min_time_s=min_time, max_runs=max_runs, warmup=warmup,
-                             min_runs=min(10, max_runs)),
+        options=BenchOptions(
+            min_time_s=min_time, max_runs=max_runs, warmup=warmup, min_runs=min(10, max_runs)
+        ),
     )
     report = run_bench(request, progress)
     stdout_taken = write_report(json_file, to_json_text(report))
@@ -246,8 +303,13 @@ def write_report(target: pathlib.Path | None, text: str) -> bool:
 @main.command()
 @click.argument("engine", type=PATH)
 @click.option("--text", multiple=True, help="a text to answer; repeat  [default: lines of stdin]")
-@click.option("--input", "input_file", type=click.File(), default="-",
-              help="lines of text, or JSON objects with text, question, choices, words...")
+@click.option(
+    "--input",
+    "input_file",
+    type=click.File(),
+    default="-",
+    help="lines of text, or JSON objects with text, question, choices, words...",
+)
 @click.option("--threads", type=int, help="CPU threads")
 def run(engine: pathlib.Path, text: tuple[str, ...], input_file: Any, threads: int | None) -> None:
     """Answer texts: one JSON object a line on stdout; exit 3 where a request was refused."""

@@ -34,8 +34,18 @@ from convbert_deploy.tolerances import tolerance_for
 
 #: (batch, seq, padded): one token, two, K-1, K, odd lengths, the longest, one row and many
 SHAPES = (
-    (1, 1, False), (1, 2, False), (2, 8, True), (3, 9, False), (8, 17, True), (1, 33, False),
-    (5, 64, True), (1, 128, False), (8, 128, True), (2, 200, True), (1, 384, False), (1, 512, False),
+    (1, 1, False),
+    (1, 2, False),
+    (2, 8, True),
+    (3, 9, False),
+    (8, 17, True),
+    (1, 33, False),
+    (5, 64, True),
+    (1, 128, False),
+    (8, 128, True),
+    (2, 200, True),
+    (1, 384, False),
+    (1, 512, False),
 )
 
 
@@ -92,8 +102,15 @@ def main() -> int:
     )
     header = benchmark_header(environment(), threads=None)
     text = "\n".join(
-        ["# Parity with eager float32", "", *[f"- {k}: {v}" for k, v in header.items()],
-         f"- 12 shapes each, worst of all outputs; allowed {limit:g}", "", table, ""]
+        [
+            "# Parity with eager float32",
+            "",
+            *[f"- {k}: {v}" for k, v in header.items()],
+            f"- 12 shapes each, worst of all outputs; allowed {limit:g}",
+            "",
+            table,
+            "",
+        ]
     )
     print(text)
     if options.markdown:

@@ -45,7 +45,9 @@ def stored_graph(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProt
             )
         name = f"{tensor.name}.{precision}"
         casts.append(
-            helper.make_node("Cast", [name], [tensor.name], name=f"{name}/Cast", to=TensorProto.FLOAT)
+            helper.make_node(
+                "Cast", [name], [tensor.name], name=f"{name}/Cast", to=TensorProto.FLOAT
+            )
         )
         tensor.CopyFrom(helper.make_tensor(name, kind, array.shape, half.tobytes(), raw=True))
     for position, cast in enumerate(casts):

@@ -116,7 +116,9 @@ def architecture_from_shapes(shapes: Mapping[str, Shape]) -> Architecture:
                 hint="convbert-deploy inspect CHECKPOINT lists what the file holds",
             )
         if len(shapes[name]) != rank:
-            raise CheckpointError(f"tensor {name} has shape {list(shapes[name])}, expected rank {rank}")
+            raise CheckpointError(
+                f"tensor {name} has shape {list(shapes[name])}, expected rank {rank}"
+            )
         return shapes[name]
 
     if not any(name.endswith(".conv_kernel_layer.weight") for name in shapes):

@@ -131,9 +131,7 @@ def check_golden(engine: Engine) -> float:
     return difference
 
 
-def _in_precision(
-    model: onnx.ModelProto, precision: Precision, backend: str
-) -> onnx.ModelProto:
+def _in_precision(model: onnx.ModelProto, precision: Precision, backend: str) -> onnx.ModelProto:
     """A typed graph; for the CPU, half-precision weights and float32 arithmetic."""
     from convbert_deploy.calibration import stored_graph, typed_graph
 

@@ -40,7 +40,12 @@ _CONFIG_CHECKED = (
     "type_vocab_size",
 )
 _MODEL_TYPES = ("convbert", "conv_bert")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
 _HEADS = ("classifier.", "qa_outputs.", "generator_", "sequence_summary.", "discriminator_")
 
 
@@ -153,7 +158,7 @@ class Checkpoint:
         return model
 
     def _transformers_config(self, transformers: Any) -> Any:
-        sizes = {k: v for k, v in self.architecture.to_json().items()}
+        sizes = dict(self.architecture.to_json().items())
         labels = {}
         if self.labels:
             labels["id2label"] = dict(enumerate(self.labels))

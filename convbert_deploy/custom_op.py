@@ -40,9 +40,7 @@ def torch_operator() -> Any:
     def compute(
         value: torch.Tensor, kernel_logits: torch.Tensor, num_heads: int, kernel_size: int
     ) -> torch.Tensor:
-        return span_dynamic_conv(
-            value, kernel_logits, num_heads=num_heads, kernel_size=kernel_size
-        )
+        return span_dynamic_conv(value, kernel_logits, num_heads=num_heads, kernel_size=kernel_size)
 
     # torch reads the schema off real annotations, which this module keeps as strings
     compute.__annotations__ = {
@@ -53,7 +51,9 @@ def torch_operator() -> Any:
         "return": torch.Tensor,
     }
     operator = torch.library.custom_op("convbert::span_dynamic_conv", compute, mutates_args=())
-    operator.register_fake(lambda value, kernel_logits, num_heads, kernel_size: value.new_empty(value.shape))
+    operator.register_fake(
+        lambda value, kernel_logits, num_heads, kernel_size: value.new_empty(value.shape)
+    )
     return torch.ops.convbert.span_dynamic_conv.default
 
 
@@ -142,5 +142,3 @@ def function_proto(num_heads: int, kernel_size: int, opset: int) -> onnx.Functio
 def nodes_of(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Every SpanDynamicConv node of a graph: one per encoder layer."""
     return [n for n in model.graph.node if n.domain == DOMAIN and n.op_type == OP_TYPE]
-
-

@@ -47,7 +47,9 @@ def demo(
     name = checkpoint.path.resolve().stem
     graph_path = folder / f"{name}.onnx"
     progress("export")
-    exported = export(checkpoint, graph_path, ExportOptions(command="convbert-deploy demo"), progress)
+    exported = export(
+        checkpoint, graph_path, ExportOptions(command="convbert-deploy demo"), progress
+    )
     graph = Graph.load(graph_path)
     sections = [
         f"# convbert-deploy demo: {name}",

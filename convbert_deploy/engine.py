@@ -140,7 +140,9 @@ class Engine:
         return InputLimits(
             task=manifest.task,
             vocab_size=manifest.architecture.vocab_size,
-            max_positions=min(manifest.architecture.max_position_embeddings, manifest.profile.seq.max),
+            max_positions=min(
+                manifest.architecture.max_position_embeddings, manifest.profile.seq.max
+            ),
             type_vocab_size=manifest.architecture.type_vocab_size,
         )
 
@@ -213,7 +215,9 @@ class CheckedRunner:
 
         checked = validated_batch(batch, self._limits)
         self._engine.manifest.profile.check(
-            dict(zip(self._engine.manifest.task.input_axes, checked["input_ids"].shape, strict=True))
+            dict(
+                zip(self._engine.manifest.task.input_axes, checked["input_ids"].shape, strict=True)
+            )
         )
         return self._inner.infer(checked)
 
@@ -228,7 +232,9 @@ def _check_files(path: pathlib.Path, files: dict[str, str]) -> None:
         if pathlib.PurePath(name).is_absolute() or ".." in pathlib.PurePath(name).parts:
             raise EngineError(f"{path / MANIFEST} names {name!r}, which is outside the bundle")
         if not file.is_file():
-            raise EngineError(f"{path} is damaged: {name} is missing", hint="build the engine again")
+            raise EngineError(
+                f"{path} is damaged: {name} is missing", hint="build the engine again"
+            )
         if sha256_of_file(file) != expected:
             raise EngineError(
                 f"{path} is damaged: {name} is not the file it was built with (sha256 differs)",

@@ -30,9 +30,7 @@ class BenchRequest:
     options: BenchOptions = dataclasses.field(default_factory=BenchOptions)
 
 
-def bench(
-    request: BenchRequest, progress: Callable[[str], None] | None = None
-) -> BenchmarkReport:
+def bench(request: BenchRequest, progress: Callable[[str], None] | None = None) -> BenchmarkReport:
     """Time every engine, and the eager model when a baseline is given.
 
     Raises:

@@ -144,9 +144,7 @@ def _trace(eager: Any, task: Task, padding: str) -> ir.Model:
     axes = {index: dims[axis] for index, axis in enumerate(task.input_axes)}
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            torch.export.export(
-                traceable, inputs, dynamic_shapes=(axes,) * 3, strict=False
-            ),
+            torch.export.export(traceable, inputs, dynamic_shapes=(axes,) * 3, strict=False),
             (),
             input_names=["input_ids", "attention_mask", "token_type_ids"],
             output_names=list(task.output_names),
@@ -179,9 +177,13 @@ def tidy(model: ir.Model, task: Task) -> ir.Model:
     for value in model.graph.outputs:
         value.shape = _output_shape(task, value)
     operators = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OP_TYPE)]
-    kinds = {(n.attributes["num_heads"].value, n.attributes["kernel_size"].value) for n in operators}
+    kinds = {
+        (n.attributes["num_heads"].value, n.attributes["kernel_size"].value) for n in operators
+    }
     if len(kinds) != 1:
-        raise GraphError(f"traced {len(operators)} {OP_TYPE} nodes of kinds {kinds}, expected one kind")
+        raise GraphError(
+            f"traced {len(operators)} {OP_TYPE} nodes of kinds {kinds}, expected one kind"
+        )
     function = ir.from_proto(function_proto(*kinds.pop(), opset=OPSET))
     model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = DOMAIN_VERSION

@@ -125,7 +125,9 @@ def read_info(path: pathlib.Path) -> GraphInfo:
     import onnx
 
     if not path.is_file():
-        raise GraphError(f"graph {path} does not exist", hint="convbert-deploy export --ckpt CHECKPOINT")
+        raise GraphError(
+            f"graph {path} does not exist", hint="convbert-deploy export --ckpt CHECKPOINT"
+        )
     try:
         model = onnx.load(path, load_external_data=False)
     except (google.protobuf.message.DecodeError, OSError) as error:

@@ -44,7 +44,8 @@ class ShapeRange:
         if len(sizes) == 3:
             return cls(*sizes)
         raise ShapeError(
-            f"cannot read shape range {text!r}: expected MIN:OPT:MAX", hint=f"for example {_EXAMPLE}"
+            f"cannot read shape range {text!r}: expected MIN:OPT:MAX",
+            hint=f"for example {_EXAMPLE}",
         )
 
 

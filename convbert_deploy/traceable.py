@@ -58,7 +58,10 @@ class TraceableSelfAttention(nn.Module):
         self._convolve = torch_operator()
 
     def forward(
-        self, hidden: torch.Tensor, attention_mask: tuple[torch.Tensor, torch.Tensor | None], **_: Any
+        self,
+        hidden: torch.Tensor,
+        attention_mask: tuple[torch.Tensor, torch.Tensor | None],
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """hidden (batch, seq, hidden); attention_mask = (additive (batch, 1, 1, seq), keep (batch,
         seq, 1) or None) -> ((batch, seq, hidden), None)."""

@@ -135,7 +135,9 @@ def _unwrap(content: Any, path: pathlib.Path) -> Tensors:
     for _ in range(3):
         if not isinstance(content, Mapping):
             break
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        inner = next(
+            (content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None
+        )
         if inner is None:
             break
         content = inner

@@ -56,7 +56,9 @@ class EagerRunner:
     def _run(self, batch: Batch) -> dict[str, np.ndarray]:
         import torch
 
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(batch[name])) for name in self.input_names}
+        inputs = {
+            name: torch.from_numpy(np.ascontiguousarray(batch[name])) for name in self.input_names
+        }
         outputs = self._model(**inputs)
         return {name: outputs[name].float().numpy() for name in self.output_names}
 
@@ -71,14 +73,16 @@ class EagerRunner:
             if self._task is Task.MULTIPLE_CHOICE:
                 row = {name: array[:, None] for name, array in row.items()}
             rows.append(self._run(row))
-        return {name: _stack([row[name] for row in rows], lead, seq, self._task) for name in rows[0]}
+        return {
+            name: _stack([row[name] for row in rows], lead, seq, self._task) for name in rows[0]
+        }
 
 
-def _stack(
-    rows: list[np.ndarray], lead: tuple[int, ...], seq: int, task: Task
-) -> np.ndarray:
+def _stack(rows: list[np.ndarray], lead: tuple[int, ...], seq: int, task: Task) -> np.ndarray:
     if task in (Task.SEQUENCE_CLASSIFICATION, Task.MULTIPLE_CHOICE):
-        return np.concatenate(rows).reshape(*lead, *rows[0].shape[2 if task is Task.MULTIPLE_CHOICE else 1 :])
+        return np.concatenate(rows).reshape(
+            *lead, *rows[0].shape[2 if task is Task.MULTIPLE_CHOICE else 1 :]
+        )
     out = np.zeros((len(rows), seq, *rows[0].shape[2:]), np.float32)
     for index, row in enumerate(rows):
         out[index, : row.shape[1]] = row[0]

@@ -26,7 +26,10 @@ class ConstantReshape(ir.passes.InPlacePass):
             if target not in targets:
                 tensor = ir.tensor(np.asarray(target, np.int64), name=_name(target))
                 value = ir.Value(
-                    name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+                    name=tensor.name,
+                    shape=tensor.shape,
+                    type=ir.TensorType(tensor.dtype),
+                    const_value=tensor,
                 )
                 model.graph.register_initializer(value)
                 targets[target] = value

@@ -32,7 +32,11 @@ class ReadableNames(ir.passes.InPlacePass):
         for node in model.graph:
             node.metadata_props.clear()
             node.doc_string = None
-        for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        for value in [
+            *model.graph.inputs,
+            *model.graph.outputs,
+            *model.graph.initializers.values(),
+        ]:
             value.metadata_props.clear()
         model.graph.metadata_props.clear()
         return ir.passes.PassResult(model, modified=True)

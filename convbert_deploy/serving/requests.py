@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -131,7 +131,7 @@ def _place(index: tuple[Any, ...], last: str = "position") -> str:
     """``row 2, choice 0, position 7`` from an array index."""
     rank = len(index) + (0 if last else 1)
     names = ["row", "choice", last] if rank == 3 else ["row", last]
-    return ", ".join(f"{name} {number}" for name, number in zip(names, index))
+    return ", ".join(f"{name} {number}" for name, number in zip(names, index, strict=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ class ChoiceRequest:
     choices: tuple[str, ...]
 
 
-Request = Union[TextRequest, WordsRequest, QuestionRequest, ChoiceRequest]
+Request = TextRequest | WordsRequest | QuestionRequest | ChoiceRequest
 
 _FORMS: dict[Task, tuple[tuple[type, str], ...]] = {
     Task.ENCODER: ((TextRequest, '{"text": "..."}'),),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class ScorerOptions:
     limits: InputLimits
     labels: tuple[str, ...] = ()
     problem_type: str | None = None
-    profile: ShapeProfile = ShapeProfile()
+    profile: ShapeProfile = dataclasses.field(default_factory=ShapeProfile)
     padding: Literal["hf", "masked"] = "hf"
     length_multiple: int = 16
     long_text: Literal["fit", "refuse"] = "fit"
@@ -127,13 +127,13 @@ class Scorer:
         if options.task is Task.MASKED_LM and tokenizer.mask_id is None:
             raise InputError(f"the tokenizer has no {tokenizer.mask_token}, which masked-lm fills")
 
-    def score(self, requests: Sequence[Union[Request, ConvBertDeployError]]) -> list[Answer]:
+    def score(self, requests: Sequence[Request | ConvBertDeployError]) -> list[Answer]:
         """One JSON-able dict a request, in order; see ``decode`` for each task's keys.
 
         Every answer has ``tokens_scored``, and ``truncated`` where text was cut off. A request that
         cannot be scored gives ``{"error": ..., "hint": ...}``; so does an error put in its place.
         """
-        works: list[Union[_Work, ConvBertDeployError]] = []
+        works: list[_Work | ConvBertDeployError] = []
         units: list[_Unit] = []
         for request in requests:
             try:
@@ -149,7 +149,7 @@ class Scorer:
 
     def score_json(self, objects: Iterable[Any]) -> list[Answer]:
         """The same for parsed JSON objects, of the forms in ``requests``."""
-        requests: list[Union[Request, ConvBertDeployError]] = []
+        requests: list[Request | ConvBertDeployError] = []
         for obj in objects:
             try:
                 requests.append(request_from_json(self.options.task, obj))
@@ -274,7 +274,7 @@ class Scorer:
             return output[np.flatnonzero(np.asarray(row.ids) == self._tokenizer.mask_id)]
         return output[: len(row)].copy()
 
-    def _answer(self, work: Union[_Work, ConvBertDeployError]) -> Answer:
+    def _answer(self, work: _Work | ConvBertDeployError) -> Answer:
         if isinstance(work, ConvBertDeployError):
             return {"error": str(work), "hint": work.hint}
         for outputs in work.outputs:

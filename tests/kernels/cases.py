@@ -40,9 +40,20 @@ def library_or_skip(find) -> Path:
 def params_of(value, logits, output, num_heads: int, kernel_size: int) -> Params:
     batch, seq, width = value.shape
     return Params(
-        value.data_ptr(), logits.data_ptr(), output.data_ptr(), batch, seq,
-        value.stride(0), value.stride(1), logits.stride(0), logits.stride(1),
-        output.stride(0), output.stride(1), num_heads, width // num_heads, kernel_size,
+        value.data_ptr(),
+        logits.data_ptr(),
+        output.data_ptr(),
+        batch,
+        seq,
+        value.stride(0),
+        value.stride(1),
+        logits.stride(0),
+        logits.stride(1),
+        output.stride(0),
+        output.stride(1),
+        num_heads,
+        width // num_heads,
+        kernel_size,
         list(DTYPES.values()).index(value.dtype),
     )
 

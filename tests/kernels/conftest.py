@@ -16,7 +16,10 @@ def kernels() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_or_skip(plugin_library.kernels_library)))
     library.convbert_status_message.restype = ctypes.c_char_p
     library.convbert_span_dynamic_conv_cpu_rows.argtypes = [
-        ctypes.POINTER(Params), ctypes.c_int64, ctypes.c_int64, ctypes.c_int32,
+        ctypes.POINTER(Params),
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int32,
     ]
     return library
 

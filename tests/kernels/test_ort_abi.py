@@ -21,7 +21,9 @@ def test_slots_and_fields_match_the_real_header() -> None:
         pytest.skip("no C++ compiler (c++)")
     done = subprocess.run(
         [compiler, "-std=c++17", "-fsyntax-only", "-I", folder, RUNTIME / "check_ort_abi.cpp"],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

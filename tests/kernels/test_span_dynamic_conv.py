@@ -139,8 +139,12 @@ def test_refusals(kernels) -> None:
     output = torch.full_like(value, 5.0)
     good = params_of(value, logits, output, 2, 3)
     changes = [
-        ("kernel_size", 4, b"even"), ("kernel_size", 17, b"above 15"), ("num_heads", 0, b"size"),
-        ("dtype", 9, b"dtype"), ("value_row_stride", 3, b"stride"), ("value", None, b"null"),
+        ("kernel_size", 4, b"even"),
+        ("kernel_size", 17, b"above 15"),
+        ("num_heads", 0, b"size"),
+        ("dtype", 9, b"dtype"),
+        ("value_row_stride", 3, b"stride"),
+        ("value", None, b"null"),
         ("seq", -1, b"negative"),
     ]
     for field, bad, message in changes:
@@ -170,8 +174,14 @@ def one_node_model(dtype: str, num_heads: int, kernel_size: int) -> bytes:
     for value_info in info:
         value_info.type.tensor_type.elem_type = edge
     node = helper.make_node(
-        "SpanDynamicConv", ["vc", "lc"], ["oc"], domain="convbert", num_heads=num_heads,
-        kernel_size=kernel_size, plugin_version="1", plugin_namespace="",
+        "SpanDynamicConv",
+        ["vc", "lc"],
+        ["oc"],
+        domain="convbert",
+        num_heads=num_heads,
+        kernel_size=kernel_size,
+        plugin_version="1",
+        plugin_namespace="",
     )
     nodes = [
         helper.make_node("Cast", ["v"], ["vc"], to=element),

@@ -68,7 +68,10 @@ def test_loads_in_tensorrt_rtx(tensorrt_library) -> None:
     pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
     done = subprocess.run(
         [sys.executable, "-c", _RTX, str(tensorrt_library)],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "loaded" in done.stdout

@@ -62,7 +62,11 @@ def test_import_loads_nothing_heavy(bare_python):
 
 def test_cli_runs_from_the_checkout():
     done = subprocess.run(
-        [sys.executable, "cli.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "cli.py", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "convbert-deploy" in done.stdout
 

@@ -21,8 +21,18 @@ from convbert_deploy.tolerances import tolerance_for
 
 #: (batch, seq, padded): the tracer saw 2 x 16 only
 SHAPES = (
-    (1, 1, False), (1, 2, False), (2, 8, True), (3, 9, False), (8, 17, True), (1, 33, False),
-    (5, 64, True), (1, 128, False), (2, 100, True), (1, 126, False), (4, 16, False), (7, 31, True),
+    (1, 1, False),
+    (1, 2, False),
+    (2, 8, True),
+    (3, 9, False),
+    (8, 17, True),
+    (1, 33, False),
+    (5, 64, True),
+    (1, 128, False),
+    (2, 100, True),
+    (1, 126, False),
+    (4, 16, False),
+    (7, 31, True),
 )
 TOLERANCE = tolerance_for("onnxruntime-cpu", Precision.FP32)
 

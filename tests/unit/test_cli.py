@@ -8,7 +8,6 @@ import pathlib
 import pytest
 import torch
 from click.testing import CliRunner
-
 from convbert_deploy.cli import main
 
 
@@ -56,8 +55,22 @@ def test_verify_exit_codes(built, call, save_checkpoint):
 
 def test_bench_writes_json_and_markdown(built, call, tmp_path):
     result = call(
-        "bench", built / "model.fp16.engine", "--baseline", built / "model.pt", "--batch", "1,2",
-        "--seq", "8", "--min-time", "0", "--max-runs", "3", "--json", "b.json", "--markdown", "-",
+        "bench",
+        built / "model.fp16.engine",
+        "--baseline",
+        built / "model.pt",
+        "--batch",
+        "1,2",
+        "--seq",
+        "8",
+        "--min-time",
+        "0",
+        "--max-runs",
+        "3",
+        "--json",
+        "b.json",
+        "--markdown",
+        "-",
     )
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "b.json").read_text())
@@ -69,7 +82,9 @@ def test_bench_writes_json_and_markdown(built, call, tmp_path):
 
 def test_inspect_knows_all_three_kinds(built, call, tmp_path):
     for name, kind in (
-        ("model.pt", "checkpoint"), ("model.onnx", "graph"), ("model.fp16.engine", "engine")
+        ("model.pt", "checkpoint"),
+        ("model.onnx", "graph"),
+        ("model.fp16.engine", "engine"),
     ):
         result = call("inspect", built / name, "--json")
         assert json.loads(result.stdout)["kind"] == kind
@@ -109,8 +124,13 @@ def test_user_errors_are_one_line_and_exit_3(case, call, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["frobnicate"], ["export"], ["export", "--ckpt", "x", "--task", "poetry"],
-                  ["bench", "e", "--batch", "one"]]
+    "arguments",
+    [
+        ["frobnicate"],
+        ["export"],
+        ["export", "--ckpt", "x", "--task", "poetry"],
+        ["bench", "e", "--batch", "one"],
+    ],
 )
 def test_usage_errors_exit_2(arguments, call):
     assert call(*arguments).exit_code == 2

@@ -106,8 +106,9 @@ def test_masked_engine_is_compared_row_by_row(classifier, tmp_path):
     from convbert_deploy.graph import Graph
 
     export(classifier, tmp_path / "m.onnx", ExportOptions(padding="masked"))
-    engine = build_engine(Graph.load(tmp_path / "m.onnx"), tmp_path / "m.engine",
-                          BuildOptions(backend=ORT))
+    engine = build_engine(
+        Graph.load(tmp_path / "m.onnx"), tmp_path / "m.engine", BuildOptions(backend=ORT)
+    )
     assert engine.manifest.padding == "masked"
     report = verify(engine, classifier)
     assert report.passed, report.reasons
@@ -132,10 +133,14 @@ BAD_BATCHES = {
     "floats": (lambda b: b.update(input_ids=b["input_ids"] * 1.0), InputError, "float64"),
     "rank": (lambda b: b.update(input_ids=b["input_ids"][0]), InputError, "expects"),
     "too long": (
-        lambda b: b.update({k: np.ones((1, 129), np.int64) for k in b}), InputError, "129"
+        lambda b: b.update({k: np.ones((1, 129), np.int64) for k in b}),
+        InputError,
+        "129",
     ),
     "batch over the profile": (
-        lambda b: b.update({k: np.ones((9, 4), np.int64) for k in b}), ShapeError, "batch 9"
+        lambda b: b.update({k: np.ones((9, 4), np.int64) for k in b}),
+        ShapeError,
+        "batch 9",
     ),
 }
 

@@ -46,7 +46,10 @@ def test_every_layer_has_one_operator_and_the_function_travels_along(base_layers
     for node in nodes_of(graph):
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes == {
-            "num_heads": 6, "kernel_size": 9, "plugin_version": b"1", "plugin_namespace": b""
+            "num_heads": 6,
+            "kernel_size": 9,
+            "plugin_version": b"1",
+            "plugin_namespace": b"",
         }
     assert [(f.domain, f.name) for f in graph.functions] == [("convbert", "SpanDynamicConv")]
     onnx.checker.check_model(graph, full_check=False)
@@ -79,7 +82,9 @@ def test_tied_embeddings_are_stored_once():
 
 
 def test_axes_are_named():
-    graph = traced_graph(factories.realistic_model("tiny", Task.MULTIPLE_CHOICE), Task.MULTIPLE_CHOICE)
+    graph = traced_graph(
+        factories.realistic_model("tiny", Task.MULTIPLE_CHOICE), Task.MULTIPLE_CHOICE
+    )
     axes = [d.dim_param for d in graph.graph.input[0].type.tensor_type.shape.dim]
     assert axes == ["batch", "choices", "seq"]
     assert graph.opset_import[0].version == 20
@@ -87,8 +92,10 @@ def test_axes_are_named():
 
 def _worst(model, task, batch, padding="hf", graph=None):
     graph = graph or traced_graph(model, task, padding)
-    with EagerRunner(model, task, padding=padding) as eager, \
-            OnnxRuntimeRunner.from_model(graph) as candidate:
+    with (
+        EagerRunner(model, task, padding=padding) as eager,
+        OnnxRuntimeRunner.from_model(graph) as candidate,
+    ):
         expected, got = eager.infer(batch), candidate.infer(batch)
     real = batch["attention_mask"].astype(bool)
     worst = 0.0
@@ -131,7 +138,9 @@ def test_self_check_refuses_a_sabotaged_graph(kind, classifier, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("heads", "kernel", "head_dim"), [(1, 1, 8), (2, 3, 48), (6, 9, 64), (4, 15, 32)])
+@pytest.mark.parametrize(
+    ("heads", "kernel", "head_dim"), [(1, 1, 8), (2, 3, 48), (6, 9, 64), (4, 15, 32)]
+)
 @pytest.mark.parametrize("seq", [1, 2, 8, 33])
 def test_function_equals_the_reference(heads, kernel, head_dim, seq):
     random = np.random.default_rng(seq)

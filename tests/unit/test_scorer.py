@@ -197,7 +197,7 @@ def test_long_texts_are_cut_and_say_so(tokenizer):
 
 def test_windows_give_every_word_a_label_and_the_right_one(tokenizer):
     task = Task.TOKEN_CLASSIFICATION
-    words = "the film was not so good but long".split() * 10
+    words = ["the", "film", "was", "not", "so", "good", "but", "long"] * 10
     whole = Scorer(RecordingRunner(task, 3), tokenizer, options(task, 512)).score_json(
         [{"words": words}]
     )
