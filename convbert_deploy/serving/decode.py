@@ -31,17 +31,17 @@ def sequence_classification(
     if problem_type == REGRESSION or (len(labels) == 1 and problem_type != MULTI_LABEL):
         if len(labels) == 1:
             return {"value": float(logits[0])}
-        return {"values": dict(zip(labels, logits.tolist(), strict=False))}
+        return {"values": dict(zip(labels, logits.tolist(), strict=True))}
     if problem_type == MULTI_LABEL:
         sigmoid = 0.5 * (1.0 + np.tanh(0.5 * logits.astype(np.float64)))  # never overflows
         chosen = [labels[i] for i in np.argsort(-sigmoid, kind="stable") if sigmoid[i] >= 0.5]
-        return {"labels": chosen, "scores": dict(zip(labels, sigmoid.tolist(), strict=False))}
+        return {"labels": chosen, "scores": dict(zip(labels, sigmoid.tolist(), strict=True))}
     scores = softmax(logits)
     best = int(scores.argmax())
     return {
         "label": labels[best],
         "score": float(scores[best]),
-        "scores": dict(zip(labels, scores.tolist(), strict=False)),
+        "scores": dict(zip(labels, scores.tolist(), strict=True)),
     }
 
 
@@ -116,7 +116,7 @@ def merged_windows(rows: Sequence[Row], logits: Sequence[np.ndarray], count: int
     """
     out = np.zeros((count, logits[0].shape[-1]), np.float32)
     margin = np.full(count, -1.0)
-    for row, values in zip(rows, logits, strict=False):
+    for row, values in zip(rows, logits, strict=True):
         stop = row.first + row.count
         index = np.arange(row.first, stop)
         before = index - row.first if row.first else np.full(row.count, np.inf)
@@ -143,7 +143,7 @@ def question_answering(
     """
     width = min(max_answer_tokens, len(context))
     spans = np.full((len(context), width), -np.inf)  # [first piece, length - 1]
-    for row, (start, end) in zip(rows, logits, strict=False):
+    for row, (start, end) in zip(rows, logits, strict=True):
         inside = slice(row.start, row.start + row.count)
         starts, ends = start[inside].astype(np.float64), end[inside].astype(np.float64)
         for extra in range(min(width, row.count)):
@@ -172,9 +172,9 @@ def masked_lm(logits: np.ndarray, pieces: Pieces, tokenizer: Tokenizer, *, top_k
     masks = []
     text, shift = pieces.text, 0
     places = [
-        span for span, i in zip(pieces.offsets, pieces.ids, strict=False) if i == tokenizer.mask_id
+        span for span, i in zip(pieces.offsets, pieces.ids, strict=True) if i == tokenizer.mask_id
     ]
-    for (start, end), row in zip(places, logits, strict=False):
+    for (start, end), row in zip(places, logits, strict=True):
         scores = softmax(row)
         fillings = [
             {"token": tokenizer.token(int(i)), "id": int(i), "score": float(scores[i])}
@@ -200,7 +200,7 @@ def multiple_choice(logits: np.ndarray, choices: Sequence[str]) -> Answer:
 
 
 def encoder(hidden: np.ndarray) -> Answer:
-    """hidden: (tokens, hidden). The mean over all tokens, [CLS] and [SEP] included, and the shape."""
+    """hidden: (tokens, hidden). Mean over all tokens, [CLS] and [SEP] too, and the shape."""
     return {
         "embedding": hidden.astype(np.float64).mean(axis=0).astype(np.float32).tolist(),
         "shape": list(hidden.shape),

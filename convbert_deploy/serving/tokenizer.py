@@ -109,7 +109,7 @@ class Tokenizer:
         words: list[int] = []
         spans: list[tuple[int, int]] = []
         previous: int | None = None
-        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=False):
+        for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
             if word is None or word != previous or not spans:
                 spans.append((start, end))
             else:
@@ -134,7 +134,7 @@ class Tokenizer:
             start += len(word) + 1
         offsets = tuple(
             (spans[word][0] + first, spans[word][0] + last)
-            for word, (first, last) in zip(encoding.word_ids, encoding.offsets, strict=False)
+            for word, (first, last) in zip(encoding.word_ids, encoding.offsets, strict=True)
         )
         return Pieces(
             " ".join(words),

@@ -22,8 +22,8 @@ def pieces(text, words=None):
     words = tuple(range(len(parts))) if words is None else words
     spans = [
         (
-            min(o[0] for o, w in zip(offsets, words, strict=False) if w == n),
-            max(o[1] for o, w in zip(offsets, words, strict=False) if w == n),
+            min(o[0] for o, w in zip(offsets, words, strict=True) if w == n),
+            max(o[1] for o, w in zip(offsets, words, strict=True) if w == n),
         )
         for n in range(max(words) + 1)
     ]

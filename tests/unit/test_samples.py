@@ -43,7 +43,7 @@ def test_every_sentence_fits_the_model(sentences):
     pieces = [tokenizer.pieces_of_words(s["words"]) for s in sentences]
     assert max(len(p) for p in pieces) + 2 <= 512
     assert all(
-        set(p.words) == set(range(len(s["words"]))) for p, s in zip(pieces, sentences, strict=False)
+        set(p.words) == set(range(len(s["words"]))) for p, s in zip(pieces, sentences, strict=True)
     )
 
 
@@ -68,7 +68,7 @@ def test_the_eager_model_tags_as_well_as_stated(sentences):
         answers = scorer.score_json(chosen)
     right = [
         word["label"] == tag
-        for sentence, answer in zip(chosen, answers, strict=False)
+        for sentence, answer in zip(chosen, answers, strict=True)
         for word, tag in zip(answer["words"], sentence["tags"], strict=True)
     ]
     assert len(chosen) == 100
