@@ -45,6 +45,8 @@ def verify(
     options = options or VerifyOptions()
     check_chain(engine, checkpoint)
     manifest = engine.manifest
+    if not options.graph:
+        _check_gpu(engine)
     runner_options = RunnerOptions(threads=options.threads)
     masked = manifest.padding == "masked"
     shapes = dataclasses.replace(options.shapes, profile=manifest.profile)
@@ -75,6 +77,17 @@ def check_chain(engine: Engine, checkpoint: Checkpoint) -> None:
             f"{engine.path} was built from {origin.name} ({origin.sha256[:12]}), not from "
             f"{checkpoint.path} ({digest[:12]})",
             hint="verify against the checkpoint it was exported from, or export this one",
+        )
+
+
+def _check_gpu(engine: Engine) -> None:
+    from convbert_deploy.environment import environment
+
+    backend = engine.manifest.backend
+    if backend.startswith("tensorrt") and not environment().gpus:
+        raise EngineError(
+            f"{engine.path} is a {backend} plan, and this machine has no NVIDIA GPU to run it",
+            hint="--graph compares the graph the plan was built from, on this CPU",
         )
 
 
