@@ -54,7 +54,9 @@ class Unfold:
         weights = torch.softmax(logits.reshape(-1, TAPS, 1), dim=1)
         columns = value.transpose(1, 2).contiguous().unsqueeze(-1)
         columns = torch.nn.functional.unfold(columns, [TAPS, 1], padding=[TAPS // 2, 0])
-        columns = columns.transpose(1, 2).reshape(rows, seq, WIDTH, TAPS).reshape(-1, HEAD_DIM, TAPS)
+        columns = (
+            columns.transpose(1, 2).reshape(rows, seq, WIDTH, TAPS).reshape(-1, HEAD_DIM, TAPS)
+        )
         return {"out": (columns @ weights).reshape(rows, seq, WIDTH).numpy()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import convbert_deploy.demonstration as demonstration
 from convbert_deploy.benchmark import BenchOptions
 from convbert_deploy.checkpoint import Checkpoint
+from convbert_deploy.errors import PluginError
 
 
 def test_agreement_counts_words():
@@ -23,3 +24,14 @@ def test_demo_on_the_sample(sample: Checkpoint, sample_texts, tmp_path, monkeypa
     share = float(text.rsplit("words (", 1)[1].split("%")[0])
     assert share > 94
     assert (tmp_path / "convbert-pos-brown.onnxruntime.fp32.engine" / "manifest.json").is_file()
+
+
+def test_what_cannot_be_built_is_left_out_with_its_cure(classifier_graph, tmp_path, monkeypatch):
+    def missing():
+        raise PluginError("libconvbert_trt_plugins.so is not built", hint="make native")
+
+    monkeypatch.setattr("convbert_deploy.plugin_library.tensorrt_library", missing)
+    engines, skipped = demonstration._build(classifier_graph, tmp_path, lambda text: None)
+    assert [engine.label for engine, _ in engines] == ["onnxruntime-cpu fp32", "onnxruntime-cpu fp16"]
+    assert len(skipped) == 1
+    assert "is not built (make native)" in skipped[0]

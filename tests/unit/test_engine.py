@@ -127,7 +127,11 @@ def _good(engine):
 BAD_BATCHES = {
     "id out of range": (lambda b: b["input_ids"].__setitem__((0, 3), 500), InputError, "500"),
     "negative id": (lambda b: b["input_ids"].__setitem__((1, 0), -1), InputError, "-1"),
-    "left padding": (lambda b: b["attention_mask"].__setitem__((0, 0), 0), InputError, "left padding"),
+    "left padding": (
+        lambda b: b["attention_mask"].__setitem__((0, 0), 0),
+        InputError,
+        "left padding",
+    ),
     "mask of zeros": (lambda b: b["attention_mask"].__setitem__(0, 0), InputError, "all zeros"),
     "mask of twos": (lambda b: b["attention_mask"].__setitem__(0, 2), InputError, "2"),
     "floats": (lambda b: b.update(input_ids=b["input_ids"] * 1.0), InputError, "float64"),

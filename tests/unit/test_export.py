@@ -199,7 +199,10 @@ def test_latest_graph_and_strangers(classifier_graph, tmp_path):
     onnx.save(stranger, tmp_path / "stranger.onnx")
     (tmp_path / "broken.onnx").write_bytes(b"not an onnx file")
     assert latest_graph(tmp_path).name == "ours.onnx"
-    for name, message in (("stranger.onnx", "not written by"), ("broken.onnx", "unreadable|not written")):
+    for name, message in (
+        ("stranger.onnx", "not written by"),
+        ("broken.onnx", "unreadable|not written"),
+    ):
         with pytest.raises(GraphError, match=message):
             Graph.load(tmp_path / name)
 

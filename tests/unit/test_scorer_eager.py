@@ -66,7 +66,9 @@ def test_batched_answers_equal_single_ones(task, padding):
     assert not [answer for answer in together if "error" in answer]
     for one, other in zip(together, alone * 2, strict=True):
         np.testing.assert_allclose(numbers(one), numbers(other), rtol=0, atol=2e-6)
-    assert max(abs(a - b) for a, b in zip(numbers(alone[0]), numbers(alone[1]), strict=False)) > 1e-3
+    assert (
+        max(abs(a - b) for a, b in zip(numbers(alone[0]), numbers(alone[1]), strict=False)) > 1e-3
+    )
 
 
 def test_classification_equals_transformers_pipeline():
