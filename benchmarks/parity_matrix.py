@@ -15,7 +15,6 @@ import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 
-import factories
 import torch
 
 from convbert_deploy.architecture import Task
@@ -31,6 +30,8 @@ from convbert_deploy.plugin_library import ort_library
 from convbert_deploy.precision import Precision
 from convbert_deploy.report_table import markdown_table
 from convbert_deploy.tolerances import tolerance_for
+
+import factories
 
 #: (batch, seq, padded): one token, two, K-1, K, odd lengths, the longest, one row and many
 SHAPES = (

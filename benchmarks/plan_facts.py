@@ -30,11 +30,11 @@ TARGET = "SM89"
 
 
 def graph(layers: int, precision: Precision) -> bytes:
-    import factories
-    from convbert_deploy.calibration import typed_graph
-
     from convbert_deploy.architecture import Task
+    from convbert_deploy.calibration import typed_graph
     from convbert_deploy.exporting import traced_graph
+
+    import factories
 
     task = Task.SEQUENCE_CLASSIFICATION
     model = traced_graph(factories.realistic_model("base", task, layers=layers), task)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pathlib
 
-import factories
 import pytest
 
 from convbert_deploy.architecture import Task
 from convbert_deploy.checkpoint import Checkpoint
+
+import factories
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "samples" / "convbert-pos-brown"

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from faults import ONNX_SABOTAGES, SABOTAGES, sabotage, sabotage_onnx
 
 from convbert_deploy.architecture import Architecture, Task, architecture_from_shapes
 from convbert_deploy.backends.base import Batch
+
+from faults import ONNX_SABOTAGES, SABOTAGES, sabotage, sabotage_onnx
 
 __all__ = [
     "ODD_SHAPES",

@@ -6,9 +6,10 @@ import ctypes
 from pathlib import Path
 
 import pytest
-from kernels.cases import Params, library_or_skip
 
 from convbert_deploy import plugin_library
+
+from kernels.cases import Params, library_or_skip
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from kernels.cases import DTYPES, assert_close, inputs, params_of, torch
 
 SEQS = [1, 2, 8, 9, 31, 33, 127, 128, 129, 384, 512]

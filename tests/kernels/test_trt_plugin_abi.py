@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from kernels.cases import library_or_skip
 
 from convbert_deploy import plugin_library
+
+from kernels.cases import library_or_skip
 
 
 def run_harness(library) -> str:

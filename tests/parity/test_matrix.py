@@ -5,7 +5,6 @@ Two layers of each size keep this quick; ``benchmarks/parity_matrix.py`` runs al
 
 from __future__ import annotations
 
-import factories
 import pytest
 
 from convbert_deploy.architecture import Task
@@ -18,6 +17,8 @@ from convbert_deploy.parity_cases import NamedBatch, random_batch
 from convbert_deploy.plugin_library import ort_library
 from convbert_deploy.precision import Precision
 from convbert_deploy.tolerances import tolerance_for
+
+import factories
 
 #: (batch, seq, padded): the tracer saw 2 x 16 only
 SHAPES = (

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import factories
 import pytest
 
 from convbert_deploy.architecture import Task
@@ -16,6 +15,8 @@ from convbert_deploy.backends.tensorrt_plan import PlanOptions, build_plan
 from convbert_deploy.errors import EngineError, PluginError, ShapeError
 from convbert_deploy.precision import Precision
 from convbert_deploy.shapes import ShapeProfile
+
+import factories
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -39,7 +40,6 @@ def library() -> pathlib.Path:
 def graphs():
     """Serialized graphs by (size, task, precision), traced once."""
     from convbert_deploy.calibration.typed import typed_graph
-
     from convbert_deploy.exporting import traced_graph
 
     traced: dict[tuple[str, Task], object] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import factories
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,6 +17,8 @@ from convbert_deploy.errors import EngineError
 from convbert_deploy.exporting import ExportOptions, export
 from convbert_deploy.graph import Graph
 from convbert_deploy.serving.answering import run
+
+import factories
 
 LINES = {
     Task.ENCODER: ["A fine day."],

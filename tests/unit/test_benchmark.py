@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-from factories import FakeTimer, fake_candidate_runner
 
 from convbert_deploy.benchmark import (
     BenchOptions,
@@ -18,6 +17,8 @@ from convbert_deploy.benchmark import (
     turn,
 )
 from convbert_deploy.timing import median_interval, modified_z_scores, percentile
+
+from factories import FakeTimer, fake_candidate_runner
 
 _POINT = Point(batch=2, seq=5)
 _EXACT = BenchOptions(min_time_s=0, min_runs=20, max_runs=20, warmup=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 
-import factories
 import pytest
 import safetensors.torch
 import torch
@@ -13,6 +12,8 @@ import torch
 from convbert_deploy.architecture import Task
 from convbert_deploy.checkpoint import Checkpoint, CheckpointOptions
 from convbert_deploy.errors import CheckpointError
+
+import factories
 
 TASKS = list(Task)
 

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 import torch
 from click.testing import CliRunner
+
 from convbert_deploy.cli import main
 
 

@@ -32,6 +32,9 @@ def test_what_cannot_be_built_is_left_out_with_its_cure(classifier_graph, tmp_pa
 
     monkeypatch.setattr("convbert_deploy.plugin_library.tensorrt_library", missing)
     engines, skipped = demonstration._build(classifier_graph, tmp_path, lambda text: None)
-    assert [engine.label for engine, _ in engines] == ["onnxruntime-cpu fp32", "onnxruntime-cpu fp16"]
+    assert [engine.label for engine, _ in engines] == [
+        "onnxruntime-cpu fp32",
+        "onnxruntime-cpu fp16",
+    ]
     assert len(skipped) == 1
     assert "is not built (make native)" in skipped[0]

@@ -87,10 +87,11 @@ def test_verify_refuses_another_checkpoint(engine, save_checkpoint):
 
 def test_verify_fails_for_a_wrong_model(engine, classifier, copy):
     """A bundle whose graph was swapped for one with reversed taps, hashes made to fit."""
-    import factories
     import onnx
 
     from convbert_deploy.provenance import sha256_of_file
+
+    import factories
 
     model = onnx.load(copy / "model.onnx")
     onnx.save(factories.sabotage_onnx(model, "reversed-taps"), copy / "model.onnx")

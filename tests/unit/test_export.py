@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 
-import factories
 import numpy as np
 import onnx
 import pytest
@@ -20,6 +19,8 @@ from convbert_deploy.exporting import export, traced_graph
 from convbert_deploy.graph import Graph, latest_graph, read_info, write_model
 from convbert_deploy.parity_cases import random_batch
 from convbert_deploy.reference import span_dynamic_conv
+
+import factories
 
 
 @pytest.fixture(scope="module")

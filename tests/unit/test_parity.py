@@ -6,6 +6,14 @@ import json
 
 import numpy as np
 import pytest
+
+from convbert_deploy.architecture import Task
+from convbert_deploy.parity import CompareOptions, compare
+from convbert_deploy.parity_cases import NamedBatch, ParityShapes, parity_batches, random_batch
+from convbert_deploy.parity_errors import measure_errors
+from convbert_deploy.precision import Precision
+from convbert_deploy.tolerances import Tolerance, tolerance_for
+
 from factories import (
     ONNX_SABOTAGES,
     SABOTAGES,
@@ -17,13 +25,6 @@ from factories import (
     sabotage,
     sabotage_onnx,
 )
-
-from convbert_deploy.architecture import Task
-from convbert_deploy.parity import CompareOptions, compare
-from convbert_deploy.parity_cases import NamedBatch, ParityShapes, parity_batches, random_batch
-from convbert_deploy.parity_errors import measure_errors
-from convbert_deploy.precision import Precision
-from convbert_deploy.tolerances import Tolerance, tolerance_for
 
 _FP32 = tolerance_for("onnx", Precision.FP32)
 _TENTH = Tolerance(max_abs=0.1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from factories import ODD_SHAPES, FixedRunner, ModuleRunner, architecture_of, realistic_model
 
 from convbert_deploy.architecture import Task
 from convbert_deploy.errors import ConvBertDeployError
@@ -14,6 +13,8 @@ from convbert_deploy.parity_errors import measure_errors
 from convbert_deploy.precision import Precision
 from convbert_deploy.shapes import ShapeProfile
 from convbert_deploy.tolerances import TOLERANCES, Tolerance, tolerance_for
+
+from factories import ODD_SHAPES, FixedRunner, ModuleRunner, architecture_of, realistic_model
 
 _TINY_ARCHITECTURE = architecture_of(realistic_model("tiny", Task.ENCODER))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-from factories import FakeTimer, FixedRunner, fake_candidate_runner
 
 from convbert_deploy.benchmark import BenchOptions, Candidate, Point, measure
 from convbert_deploy.diagnosis import Check, Status
@@ -15,6 +14,8 @@ from convbert_deploy.report import checks_json, checks_text, to_json_text, to_ma
 from convbert_deploy.report_parity import parity_text
 from convbert_deploy.report_table import markdown_table, share, short
 from convbert_deploy.tolerances import Tolerance
+
+from factories import FakeTimer, FixedRunner, fake_candidate_runner
 
 
 def _parity(error, intermediates=None):

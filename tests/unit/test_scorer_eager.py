@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from factories import architecture_of, realistic_model
-
 from convbert_deploy.architecture import Task
 from convbert_deploy.backends.base import RunnerOptions
 from convbert_deploy.backends.eager import EagerRunner
 from convbert_deploy.serving.requests import InputLimits
 from convbert_deploy.serving.scorer import Scorer, ScorerOptions
 from convbert_deploy.serving.tokenizer import Tokenizer
+
+from factories import architecture_of, realistic_model
 
 FOLDER = pathlib.Path(__file__).parents[2] / "samples" / "convbert-pos-brown"
 OBJECTS = {

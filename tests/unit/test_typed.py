@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import factories
 import numpy as np
 import onnx
 import pytest
-from convbert_deploy.calibration import typed
-from convbert_deploy.calibration.typed import typed_graph
 from onnx import TensorProto, numpy_helper
 
 from convbert_deploy.architecture import Task
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
+from convbert_deploy.calibration import typed
+from convbert_deploy.calibration.typed import typed_graph
 from convbert_deploy.errors import GraphError
 from convbert_deploy.exporting import traced_graph
 from convbert_deploy.precision import Precision
+
+import factories
 
 HALF = [Precision.FP16, Precision.BF16]
 
