@@ -36,11 +36,11 @@ $(STAMP): pyproject.toml constraints.txt $(NATIVE_SOURCES)
 	CMAKE_ARGS="$(CMAKE_ARGS_LIST)" $(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	touch $@
 
-# the libraries alone, into convbert_deploy/lib of the checkout
+# the libraries alone, into the environment, where the editable install looks first
 native: install
 	cmake -S . -B build/native $(CMAKE_ARGS_LIST) -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/native --parallel
-	cmake --install build/native --prefix .
+	cmake --install build/native --prefix "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 
 gpu: install
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 
 from convbert_deploy.backends.base import Runner, RunnerOptions
@@ -104,7 +105,7 @@ def _candidate(engine: Engine, options: VerifyOptions, runner_options: RunnerOpt
     )
 
 
-def _library(engine: Engine) -> object:
+def _library(engine: Engine) -> pathlib.Path | None:
     """Our operators, for graphs whose functions were taken out."""
     from convbert_deploy.plugin_library import ort_library
 

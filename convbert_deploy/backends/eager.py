@@ -18,7 +18,7 @@ class EagerRunner:
     each row is run alone without its pads, and padded positions of per-token outputs are zero.
     """
 
-    input_names = ("input_ids", "attention_mask", "token_type_ids")
+    input_names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
 
     def __init__(
         self,
