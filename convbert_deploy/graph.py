@@ -9,7 +9,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from convbert_deploy.architecture import Architecture, Task
-from convbert_deploy.errors import GraphError
+from convbert_deploy.errors import GraphError, OutputError
 from convbert_deploy.golden import GoldenRequest
 from convbert_deploy.precision import Precision
 from convbert_deploy.provenance import Origin, atomic_directory, atomic_file, sha256_of_files
@@ -189,12 +189,19 @@ def write_model(model: onnx.ModelProto, target: pathlib.Path) -> None:
 def write_graph(
     model: onnx.ModelProto, target: pathlib.Path, tokenizer: tuple[pathlib.Path, ...] = ()
 ) -> None:
-    """The .onnx and, beside it, the folder STEM.tokenizer."""
+    """The .onnx and, beside it, the folder STEM.tokenizer: both or neither."""
+    beside = tokenizer_folder(target)
+    new = not beside.exists()
     if tokenizer:
-        with atomic_directory(tokenizer_folder(target)) as folder:
+        with atomic_directory(beside) as folder:
             for file in tokenizer:
                 shutil.copyfile(file, folder / file.name)
-    write_model(model, target)
+    try:
+        write_model(model, target)
+    except OutputError:
+        if new:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
 
 
 def latest_graph(folder: pathlib.Path) -> pathlib.Path:

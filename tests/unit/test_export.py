@@ -16,7 +16,7 @@ from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
 from convbert_deploy.custom_op import function_proto, nodes_of
 from convbert_deploy.errors import ConvBertDeployError, GraphError
 from convbert_deploy.exporting import export, traced_graph
-from convbert_deploy.graph import Graph, latest_graph, read_info, write_model
+from convbert_deploy.graph import Graph, latest_graph, read_info, write_graph, write_model
 from convbert_deploy.parity_cases import random_batch
 from convbert_deploy.reference import span_dynamic_conv
 
@@ -208,8 +208,9 @@ def test_latest_graph_and_strangers(classifier_graph, tmp_path):
             Graph.load(tmp_path / name)
 
 
-def test_no_partial_file_when_the_write_fails(classifier_graph, tmp_path):
+def test_no_partial_file_when_the_write_fails(classifier_graph, sample_path, tmp_path):
     """The kernel refuses to grow the file half-way, as a full disk would."""
+    tokenizer = (sample_path / "tokenizer_config.json",)
     import resource
     import signal
 
@@ -218,7 +219,7 @@ def test_no_partial_file_when_the_write_fails(classifier_graph, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         with pytest.raises(ConvBertDeployError, match="cannot write"):
-            write_model(classifier_graph.model, tmp_path / "m.onnx")
+            write_graph(classifier_graph.model, tmp_path / "m.onnx", tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
