@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable
 
@@ -119,7 +118,6 @@ def _intermediates(engine: Engine, options: VerifyOptions) -> Callable | None:
         return None
     import onnx
 
-    from convbert_deploy.backends.onnxruntime import intermediates
+    from convbert_deploy.backends.onnxruntime import Intermediates
 
-    model = onnx.load(engine.path / GRAPH)
-    return functools.partial(intermediates, model, library=_library(engine))
+    return Intermediates(onnx.load(engine.path / GRAPH), library=_library(engine))

@@ -104,25 +104,30 @@ class OnnxRuntimeRunner:
         return dict(zip(self.output_names, self._session.run(None, feed), strict=True))
 
 
-def intermediates(
-    model: Any, batch: Batch, *, library: pathlib.Path | None = None
-) -> Iterator[tuple[str, int, int]]:
-    """Run ``model`` (onnx.ModelProto) with every intermediate as an output.
+class Intermediates:
+    """Counts NaN and infinity in every intermediate of ``model`` (onnx.ModelProto), batch by batch.
 
-    Yields:
-        (tensor name, NaN count, infinity count) for each floating-point tensor.
+    The graph runs unoptimized with each tensor as an output; the session is made once.
     """
-    import onnx
 
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
-    known = {value.name for value in opened.graph.output}
-    for node in opened.graph.node:
-        for output in node.output:
-            if output and output not in known:
-                opened.graph.output.append(onnx.ValueInfoProto(name=output))
-    runner = OnnxRuntimeRunner(opened.SerializeToString(), library=library, optimize=False)
-    with runner:
-        for name, array in runner.infer(batch).items():
+    def __init__(self, model: Any, *, library: pathlib.Path | None = None) -> None:
+        import onnx
+
+        opened = onnx.ModelProto()
+        opened.CopyFrom(model)
+        known = {value.name for value in opened.graph.output}
+        for node in opened.graph.node:
+            for output in node.output:
+                if output and output not in known:
+                    opened.graph.output.append(onnx.ValueInfoProto(name=output))
+        self._runner = OnnxRuntimeRunner.from_model(opened, library=library, optimize=False)
+        self._opened = False
+
+    def __call__(self, batch: Batch) -> Iterator[tuple[str, int, int]]:
+        """Yields (tensor name, NaN count, infinity count) for each floating-point tensor."""
+        if not self._opened:
+            self._runner.__enter__()
+            self._opened = True
+        for name, array in self._runner.infer(batch).items():
             if np.issubdtype(array.dtype, np.floating):
                 yield name, int(np.isnan(array).sum()), int(np.isinf(array).sum())

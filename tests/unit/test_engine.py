@@ -213,3 +213,20 @@ def test_rebuilding_replaces_the_bundle_as_a_whole(classifier_graph, tmp_path):
     assert first.manifest == second.manifest
     assert not (target / "stray").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["r.engine"]
+
+
+def test_a_nan_inside_is_found_though_the_output_hides_it(classifier, classifier_graph, tmp_path):
+    """A branch that overflows and is then multiplied away: outputs agree, the inside does not."""
+    import onnx
+
+    from convbert_deploy.backends.onnxruntime import Intermediates
+
+    model = onnx.ModelProto()
+    model.CopyFrom(classifier_graph.model)
+    source = next(n.output[0] for n in model.graph.node if n.op_type == "Softmax")
+    model.graph.node.append(onnx.helper.make_node("Log", [source], ["log"]))
+    model.graph.node.append(onnx.helper.make_node("Sub", ["log", "log"], ["hidden_nan"]))
+    batch = classifier_graph.info.golden.batch()
+    bad = {name: (nans, infs) for name, nans, infs in Intermediates(model)(batch) if nans or infs}
+    assert set(bad) == {"log", "hidden_nan"}, "padded keys have probability 0: log gives -inf"
+    assert bad["log"][1] == bad["hidden_nan"][0] > 0
