@@ -18,7 +18,7 @@ endif
 endif
 NATIVE_SOURCES := $(shell find CMakeLists.txt plugins -type f \( -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.map' -o -name '*.cmake' \) 2>/dev/null)
 
-.PHONY: demo test install native gpu lint wheel clean
+.PHONY: demo test install native gpu sanitize lint wheel clean
 
 demo: install
 	$(BIN)/convbert-deploy demo
@@ -44,6 +44,17 @@ native: install
 
 gpu: install
 	$(BIN)/pytest -m gpu $(ARGS)
+
+# the kernel tests on CPU libraries built with AddressSanitizer and UndefinedBehaviorSanitizer
+SANITIZE := -fsanitize=address,undefined
+sanitize: install
+	cmake -S . -B build/sanitize -DCONVBERT_CUDA=OFF -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DCMAKE_CXX_FLAGS="$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+	  -DCMAKE_SHARED_LINKER_FLAGS="$(SANITIZE)"
+	cmake --build build/sanitize --parallel
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
+	  $(BIN)/pytest --libraries build/sanitize/plugins tests/kernels/test_span_dynamic_conv.py $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from convbert_deploy import plugin_library
 from convbert_deploy.architecture import Task
 from convbert_deploy.checkpoint import Checkpoint
 
@@ -21,6 +22,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="",
         help="comma list of words: a skip whose reason holds one of them is a failure",
     )
+
+
+    parser.addoption(
+        "--libraries",
+        type=pathlib.Path,
+        help="folder of native libraries to test instead of the installed ones",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--libraries")
+    if folder:
+        plugin_library._candidate = lambda name: folder.resolve() / name
 
 
 @pytest.hookimpl(hookwrapper=True)
