@@ -23,7 +23,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="comma list of words: a skip whose reason holds one of them is a failure",
     )
 
-
     parser.addoption(
         "--libraries",
         type=pathlib.Path,

@@ -31,6 +31,7 @@ class Params(ctypes.Structure):
 
 
 def library_or_skip(find) -> Path:
+    """For libraries that need nvcc; the CPU ones are always built, and missing is a failure."""
     try:
         return find()
     except PluginError as error:

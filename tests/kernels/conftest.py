@@ -14,7 +14,7 @@ from kernels.cases import Params, library_or_skip
 
 @pytest.fixture(scope="session")
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_or_skip(plugin_library.kernels_library)))
+    library = ctypes.CDLL(str(plugin_library.kernels_library()))
     library.convbert_status_message.restype = ctypes.c_char_p
     library.convbert_span_dynamic_conv_cpu_rows.argtypes = [
         ctypes.POINTER(Params),
@@ -27,7 +27,7 @@ def kernels() -> ctypes.CDLL:
 
 @pytest.fixture(scope="session")
 def ort_library() -> Path:
-    return library_or_skip(plugin_library.ort_library)
+    return plugin_library.ort_library()
 
 
 @pytest.fixture(scope="session")

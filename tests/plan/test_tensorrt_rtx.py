@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from convbert_deploy import plugin_library
 from convbert_deploy.architecture import Task
 from convbert_deploy.backends.tensorrt_plan import PlanOptions, build_plan
 from convbert_deploy.errors import EngineError, PluginError, ShapeError
@@ -26,10 +27,6 @@ SMALL = ShapeProfile.parse("batch=1:2:4,choices=2:3:4,seq=8:32:64")
 
 @pytest.fixture(scope="module")
 def library() -> pathlib.Path:
-    given = os.environ.get("CONVBERT_DEPLOY_TRT_PLUGINS")
-    if given:
-        return pathlib.Path(given)
-    plugin_library = pytest.importorskip("convbert_deploy.plugin_library")
     try:
         return plugin_library.tensorrt_library()
     except PluginError as error:
