@@ -15,6 +15,10 @@ CONVBERT_SAME_SLOT(CreateCustomOpDomain, kCreateCustomOpDomain);
 CONVBERT_SAME_SLOT(CustomOpDomain_Add, kCustomOpDomainAdd);
 CONVBERT_SAME_SLOT(AddCustomOpDomain, kAddCustomOpDomain);
 CONVBERT_SAME_SLOT(GetTensorMutableData, kGetTensorMutableData);
+CONVBERT_SAME_SLOT(CreateTensorTypeAndShapeInfo, kCreateTensorTypeAndShapeInfo);
+CONVBERT_SAME_SLOT(SetTensorElementType, kSetTensorElementType);
+CONVBERT_SAME_SLOT(SetDimensions, kSetDimensions);
+CONVBERT_SAME_SLOT(SetSymbolicDimensions, kSetSymbolicDimensions);
 CONVBERT_SAME_SLOT(GetTensorElementType, kGetTensorElementType);
 CONVBERT_SAME_SLOT(GetDimensionsCount, kGetDimensionsCount);
 CONVBERT_SAME_SLOT(GetDimensions, kGetDimensions);
@@ -62,6 +66,7 @@ static_assert(ORT_FAIL == int(abi::kFail) && ORT_INVALID_ARGUMENT == int(abi::kI
                   ORT_NOT_IMPLEMENTED == int(abi::kNotImplemented) &&
                   ORT_EP_FAIL == int(abi::kEpFail), "error codes");
 static_assert(ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT == int(abi::kFloat) &&
+                  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 == int(abi::kInt64) &&
                   ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 == int(abi::kFloat16) &&
                   ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16 == int(abi::kBFloat16), "element types");
 static_assert(INPUT_OUTPUT_REQUIRED == int(abi::kRequired) &&

@@ -27,7 +27,7 @@ struct CustomOpDomain;
 struct OpAttr;
 
 enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9, kEpFail = 11 };
-enum ElementType : int32_t { kUndefined = 0, kFloat = 1, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int32_t { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum Characteristic : int32_t { kRequired = 0, kOptional = 1, kVariadic = 2 };
 enum MemoryType : int32_t { kMemoryDefault = 0 };
 enum OpAttrType : int32_t { kAttrInt = 1 };
@@ -38,6 +38,9 @@ enum Slot : size_t {
   kCustomOpDomainAdd = 27,
   kAddCustomOpDomain = 28,
   kGetTensorMutableData = 51,
+  kCreateTensorTypeAndShapeInfo = 57,
+  kSetTensorElementType = 58,
+  kSetDimensions = 59,
   kGetTensorElementType = 60,
   kGetDimensionsCount = 61,
   kGetDimensions = 62,
@@ -52,6 +55,7 @@ enum Slot : size_t {
   kKernelContextGetGpuComputeStream = 193,
   kShapeInferContextGetInputTypeShape = 268,
   kShapeInferContextSetOutputTypeShape = 270,
+  kSetSymbolicDimensions = 271,
   kKernelContextParallelFor = 274,
   kSlotsDeclared = 275,
 };
@@ -83,6 +87,20 @@ struct Api {
   }
   Status* getTensorMutableData(Value* value, void** out) const noexcept {
     return call<Status*>(kGetTensorMutableData, value, out);
+  }
+  Status* createTensorInfo(TensorInfo** out) const noexcept {
+    return call<Status*>(kCreateTensorTypeAndShapeInfo, out);
+  }
+  Status* setTensorElementType(TensorInfo* info, ElementType type) const noexcept {
+    return call<Status*>(kSetTensorElementType, info, type);
+  }
+  Status* setDimensions(TensorInfo* info, int64_t const* dims, size_t count) const noexcept {
+    return call<Status*>(kSetDimensions, info, dims, count);
+  }
+  // Reads the names during the call only.
+  Status* setSymbolicDimensions(TensorInfo* info, char const** names,
+                                size_t count) const noexcept {
+    return call<Status*>(kSetSymbolicDimensions, info, names, count);
   }
   Status* getTensorElementType(TensorInfo const* info, ElementType* out) const noexcept {
     return call<Status*>(kGetTensorElementType, info, out);

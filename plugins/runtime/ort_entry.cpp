@@ -23,11 +23,13 @@ extern "C" __attribute__((visibility("default"))) convbert::ort::Status* Registe
   if (Status* status = api->createCustomOpDomain(kDomain, &domain)) {
     return status;
   }
-  CustomOpList const list = spanDynamicConvOps();
-  for (size_t i = 0; i < list.count; ++i) {
-    if (Status* status = api->customOpDomainAdd(domain, list.ops[i])) {
-      api->releaseCustomOpDomain(domain);
-      return status;
+  for (auto* ops : {spanDynamicConvOps}) {
+    OpSet const& set = ops();
+    for (size_t i = 0; i < set.count; ++i) {
+      if (Status* status = api->customOpDomainAdd(domain, &set.ops[i])) {
+        api->releaseCustomOpDomain(domain);
+        return status;
+      }
     }
   }
   // The session keeps a reference to the domain's contents and no one tells us when it ends, so the

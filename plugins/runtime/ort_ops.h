@@ -1,18 +1,10 @@
-// The operators that ort_entry.cpp registers, each one descriptor per dtype and provider.
+// The operators that ort_entry.cpp registers: one function for each folder of plugins/.
 #pragma once
 
-#include "ort_abi.h"
+#include "ort_op.h"
 
 namespace convbert::ort {
 
-struct CustomOpList {
-  CustomOp const* const* ops;
-  size_t count;
-};
-
-// Set once by RegisterCustomOps before any kernel exists.
-void setApi(Api const* api) noexcept;
-
-CustomOpList spanDynamicConvOps() noexcept;
+OpSet const& spanDynamicConvOps() noexcept;
 
 }  // namespace convbert::ort

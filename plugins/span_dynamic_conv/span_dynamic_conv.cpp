@@ -1,4 +1,4 @@
-// Validation, run-time choice of the instruction set, and the portable CPU kernel.
+// Validation, choice of the kernel, and the portable CPU kernel.
 #include "span_dynamic_conv.h"
 
 #include "span_dynamic_conv_rows.h"
@@ -20,8 +20,7 @@ Status validate(SpanDynamicConvParams const& p) noexcept {
   if (p.kernelSize > kMaxKernelSize) {
     return Status::kKernelTooLarge;
   }
-  if (p.dtype != DataType::kFloat32 && p.dtype != DataType::kFloat16 &&
-      p.dtype != DataType::kBFloat16) {
+  if (!isKnown(p.dtype)) {
     return Status::kBadDataType;
   }
   int64_t const width = static_cast<int64_t>(p.numHeads) * p.headDim;
@@ -30,7 +29,7 @@ Status validate(SpanDynamicConvParams const& p) noexcept {
                     p.logitsRowStride < taps)) {
     return Status::kBadStride;
   }
-  if (p.batch > 1 && (p.valueBatchStride < 0 || p.logitsBatchStride < 0 ||
+  if (p.batch > 1 && (p.valueBatchStride < 0 || p.logitsBatchStride < 0 || p.maskBatchStride < 0 ||
                       p.outputBatchStride < (p.seq - 1) * p.outputRowStride + width)) {
     return Status::kBadStride;
   }
@@ -38,27 +37,6 @@ Status validate(SpanDynamicConvParams const& p) noexcept {
     return Status::kNullPointer;
   }
   return Status::kOk;
-}
-
-InstructionSet bestInstructionSet() noexcept {
-#ifdef CONVBERT_WITH_X86
-  static InstructionSet const kBest = [] {
-    // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      return InstructionSet::kAvx512;
-    }
-    // Every CPU with AVX2 and FMA converts halves too (F16C came a generation earlier).
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      return InstructionSet::kAvx2;
-    }
-    return InstructionSet::kPortable;
-  }();
-  return kBest;
-#else
-  return InstructionSet::kPortable;
-#endif
 }
 
 void runRowsOnCpu(SpanDynamicConvParams const& params, int64_t firstRow, int64_t lastRow,

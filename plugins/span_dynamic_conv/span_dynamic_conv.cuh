@@ -46,8 +46,6 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kMaxLanes = 128;
 
-inline int32_t elementBytes(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
-
 inline bool canVectorise(SpanDynamicConvParams const& p) {
   int64_t const bytes = elementBytes(p.dtype);
   int64_t const mixed = p.valueBatchStride | p.valueRowStride | p.outputBatchStride |
@@ -195,12 +193,18 @@ CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int
                             int64_t(lane % plan.lanesPerHead) * kVec;
     T const* value = static_cast<T const*>(p.value) + tile.batch * p.valueBatchStride + channel;
     T* output = static_cast<T*>(p.output) + tile.batch * p.outputBatchStride + channel;
+    int64_t const* mask =
+        p.mask == nullptr ? nullptr : p.mask + tile.batch * p.maskBatchStride;
+    // Pads are not read: whatever they hold, even NaN, they count as zero.
+    auto present = [&](int64_t row) {
+      return row >= 0 && row < p.seq && (mask == nullptr || mask[row] != 0);
+    };
     float window[K][kVec];  // slot (row + kHalf - begin') % K, see below
     int64_t const first = tile.firstRow + begin - kHalf;
 #pragma unroll
     for (int k = 0; k < K - 1; ++k) {
       int64_t const row = first + k;
-      if (row >= 0 && row < p.seq) {
+      if (present(row)) {
         loadVector<T, kVec>(value + row * p.valueRowStride, window[k]);
       } else {
 #pragma unroll
@@ -217,7 +221,7 @@ CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int
           int64_t const row = tile.firstRow + r + kHalf;
           constexpr int kLast = K - 1;
           int const slot = (j + kLast) % K;
-          if (row < p.seq) {
+          if (present(row)) {
             loadVector<T, kVec>(value + row * p.valueRowStride, window[slot]);
           } else {
 #pragma unroll
@@ -230,6 +234,10 @@ CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int
             float const w = weight[k];
 #pragma unroll
             for (int i = 0; i < kVec; ++i) sum[i] += w * window[(j + k) % K][i];
+          }
+          if (mask != nullptr && mask[tile.firstRow + r] == 0) {
+#pragma unroll
+            for (int i = 0; i < kVec; ++i) sum[i] = 0.0f;
           }
           storeVector<T, kVec>(output + (tile.firstRow + r) * p.outputRowStride, sum);
         }

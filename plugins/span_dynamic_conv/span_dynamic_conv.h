@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../runtime/data_type.h"
+#include "../runtime/instruction_set.h"
 #include "../runtime/status.h"
 
 #ifdef CONVBERT_WITH_CUDA
@@ -11,15 +13,12 @@
 
 namespace convbert {
 
-enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-
-constexpr int32_t kMaxKernelSize = 15;
-
 // Plain data: mirrored field by field by ctypes (tests/kernels/conftest.py) and passed to the device
 // by value. Strides count elements, not bytes; the last axis of every tensor is contiguous.
 struct SpanDynamicConvParams {
   void const* value;         // (batch, seq, numHeads * headDim)
   void const* kernelLogits;  // (batch, seq, numHeads * kernelSize)
+  int64_t const* mask;       // (batch, seq), 0 at pads; null: every row is a token
   void* output;              // (batch, seq, numHeads * headDim), overlaps no input
   int64_t batch;
   int64_t seq;
@@ -27,17 +26,16 @@ struct SpanDynamicConvParams {
   int64_t valueRowStride;
   int64_t logitsBatchStride;
   int64_t logitsRowStride;
+  int64_t maskBatchStride;
   int64_t outputBatchStride;
   int64_t outputRowStride;
   int32_t numHeads;
   int32_t headDim;
   int32_t kernelSize;  // odd, 1 to kMaxKernelSize
-  DataType dtype;      // of all three tensors; sums are float32
+  DataType dtype;      // of value, kernelLogits and output; sums are float32
 };
 
-enum class InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
-
-// Strides of three contiguous tensors.
+// Strides of contiguous tensors.
 inline void setContiguousStrides(SpanDynamicConvParams& params) noexcept {
   int64_t const width = static_cast<int64_t>(params.numHeads) * params.headDim;
   int64_t const taps = static_cast<int64_t>(params.numHeads) * params.kernelSize;
@@ -45,13 +43,11 @@ inline void setContiguousStrides(SpanDynamicConvParams& params) noexcept {
   params.valueBatchStride = params.outputBatchStride = params.seq * width;
   params.logitsRowStride = taps;
   params.logitsBatchStride = params.seq * taps;
+  params.maskBatchStride = params.seq;
 }
 
 // Sizes, strides, dtype and pointers; a batch or seq of 0 is valid and needs no pointers.
 Status validate(SpanDynamicConvParams const& params) noexcept;
-
-// The widest instruction set this CPU has and this library was built with.
-InstructionSet bestInstructionSet() noexcept;
 
 // Computes output rows [firstRow, lastRow) of the batch * seq rows, so that a caller can share the
 // rows out over its own threads. Allocates nothing. `params` must have passed validate().

@@ -1,28 +1,9 @@
-// C ABI of the kernels, for ctypes and for programs in other languages. Each entry returns a
-// convbert::Status as int32.
+// SpanDynamicConv in the C ABI, for ctypes and for programs in other languages.
+#include "../runtime/c_entry.h"
 #include "span_dynamic_conv.h"
 
-#define CONVBERT_EXPORT extern "C" __attribute__((visibility("default")))
-
-using convbert::InstructionSet;
 using convbert::SpanDynamicConvParams;
 using convbert::Status;
-
-CONVBERT_EXPORT char const* convbert_status_message(int32_t status) {
-  return convbert::statusMessage(static_cast<Status>(status));
-}
-
-CONVBERT_EXPORT int32_t convbert_best_instruction_set() {
-  return static_cast<int32_t>(convbert::bestInstructionSet());
-}
-
-CONVBERT_EXPORT int32_t convbert_built_with_cuda() {
-#ifdef CONVBERT_WITH_CUDA
-  return 1;
-#else
-  return 0;
-#endif
-}
 
 CONVBERT_EXPORT int32_t convbert_span_dynamic_conv_cpu(SpanDynamicConvParams const* params) {
   return static_cast<int32_t>(params ? convbert::runOnCpu(*params) : Status::kNullPointer);
@@ -32,21 +13,15 @@ CONVBERT_EXPORT int32_t convbert_span_dynamic_conv_cpu(SpanDynamicConvParams con
 CONVBERT_EXPORT int32_t convbert_span_dynamic_conv_cpu_rows(SpanDynamicConvParams const* params,
                                                             int64_t firstRow, int64_t lastRow,
                                                             int32_t instructionSet) {
-  if (params == nullptr) {
-    return static_cast<int32_t>(Status::kNullPointer);
+  Status status = params ? convbert::validate(*params) : Status::kNullPointer;
+  if (status == Status::kOk) {
+    status = convbert::checkRows(firstRow, lastRow, params->batch * params->seq, instructionSet);
   }
-  Status const status = convbert::validate(*params);
-  if (status != Status::kOk) {
-    return static_cast<int32_t>(status);
+  if (status == Status::kOk) {
+    convbert::runRowsOnCpu(*params, firstRow, lastRow,
+                           static_cast<convbert::InstructionSet>(instructionSet));
   }
-  if (firstRow < 0 || lastRow > params->batch * params->seq) {
-    return static_cast<int32_t>(Status::kBadSize);
-  }
-  if (instructionSet < 0 || instructionSet > convbert_best_instruction_set()) {
-    return static_cast<int32_t>(Status::kNoSuchInstructionSet);
-  }
-  convbert::runRowsOnCpu(*params, firstRow, lastRow, static_cast<InstructionSet>(instructionSet));
-  return 0;
+  return static_cast<int32_t>(status);
 }
 
 CONVBERT_EXPORT int32_t convbert_span_dynamic_conv_emulated(SpanDynamicConvParams const* params,
@@ -56,7 +31,7 @@ CONVBERT_EXPORT int32_t convbert_span_dynamic_conv_emulated(SpanDynamicConvParam
 }
 
 #ifdef CONVBERT_WITH_CUDA
-// Device pointers; returns the cudaError_t of the launch.
+// Device pointers.
 CONVBERT_EXPORT int32_t convbert_span_dynamic_conv_cuda(SpanDynamicConvParams const* params,
                                                         void* stream) {
   return static_cast<int32_t>(params ? convbert::launchSpanDynamicConv(
