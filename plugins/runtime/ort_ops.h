@@ -6,5 +6,6 @@
 namespace convbert::ort {
 
 OpSet const& spanDynamicConvOps() noexcept;
+OpSet const& fusedSpanDynamicConvOps() noexcept;
 
 }  // namespace convbert::ort

@@ -12,6 +12,7 @@
 
 #include <NvInferVersion.h>
 
+#include "trt_creators.h"
 #include "trt_log.h"
 
 namespace {
@@ -19,6 +20,15 @@ namespace {
 using nvinfer1::ILoggerFinder;
 using nvinfer1::IPluginCreatorInterface;
 using nvinfer1::IPluginRegistry;
+
+IPluginCreatorInterface* const* creators(int32_t& count) noexcept {
+  static IPluginCreatorInterface* const kCreators[] = {
+      convbert::trt::spanDynamicConvCreator(),
+      convbert::trt::fusedSpanDynamicConvCreator(),
+  };
+  count = sizeof(kCreators) / sizeof(kCreators[0]);
+  return kCreators;
+}
 
 std::atomic<ILoggerFinder*> gLoggerFinder{nullptr};
 IPluginRegistry* gRegistered = nullptr;  // where this library registered itself
@@ -80,9 +90,12 @@ IPluginRegistry* loadedRegistry() {
 
 __attribute__((constructor)) void registerWhenLoaded() {
   IPluginRegistry* registry = loadedRegistry();
-  if (registry != nullptr &&
-      registry->registerCreator(*convbert::trt::spanDynamicConvCreator(), "")) {
-    gRegistered = registry;
+  int32_t count = 0;
+  IPluginCreatorInterface* const* all = creators(count);
+  for (int32_t i = 0; registry != nullptr && i < count; ++i) {
+    if (registry->registerCreator(*all[i], "")) {
+      gRegistered = registry;
+    }
   }
 }
 
@@ -109,13 +122,11 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(
 
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const*
 getCreators(int32_t& count) noexcept {
+  IPluginCreatorInterface* const* all = creators(count);
   // The caller registers what it gets; a creator registered twice is an error to TensorRT.
-  if (gRegistered != nullptr) {
-    gRegistered->deregisterCreator(*convbert::trt::spanDynamicConvCreator());
-    gRegistered = nullptr;
+  for (int32_t i = 0; gRegistered != nullptr && i < count; ++i) {
+    gRegistered->deregisterCreator(*all[i]);
   }
-  static nvinfer1::IPluginCreatorInterface* const kCreators[] = {
-      convbert::trt::spanDynamicConvCreator()};
-  count = 1;
-  return kCreators;
+  gRegistered = nullptr;
+  return all;
 }

@@ -7,6 +7,4 @@ namespace convbert::trt {
 
 void logError(char const* message) noexcept;
 
-nvinfer1::IPluginCreatorInterface* spanDynamicConvCreator() noexcept;
-
 }  // namespace convbert::trt

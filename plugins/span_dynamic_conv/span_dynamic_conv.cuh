@@ -26,6 +26,7 @@ struct SpanDynamicConvPlan {
   int32_t rowsPerThread;
   int32_t rowGroups;
   int32_t rowBlocks;
+  int32_t weightRowStride;  // floats between the weights of two rows in shared memory
   int32_t threads;
   int32_t sharedBytes;
   int64_t blocks;
@@ -55,13 +56,22 @@ inline bool canVectorise(SpanDynamicConvParams const& p) {
   return mixed * bytes % 16 == 0 && pointers % 16 == 0;
 }
 
-inline SpanDynamicConvPlan makePlan(SpanDynamicConvParams const& p, int32_t multiprocessors) {
+inline void countBlocks(SpanDynamicConvPlan& plan) {
+  int64_t const tileRows = int64_t(plan.rowsPerThread) * plan.rowGroups;
+  plan.rowBlocks = static_cast<int32_t>((plan.params.seq + tileRows - 1) / tileRows);
+  plan.blocks = plan.params.batch * plan.rowBlocks * plan.headBlocks;
+}
+
+// maxHeads: heads a block may take, for callers that keep more than the weights in shared memory.
+inline SpanDynamicConvPlan makePlan(SpanDynamicConvParams const& p, int32_t multiprocessors,
+                                    int32_t maxHeads = INT32_MAX) {
   SpanDynamicConvPlan plan{};
   plan.params = p;
   plan.vectorised = canVectorise(p);
   int32_t const vec = plan.vectorised ? 16 / elementBytes(p.dtype) : 1;
   plan.lanesPerHead = (p.headDim + vec - 1) / vec;
   int32_t heads = kMaxLanes / plan.lanesPerHead;
+  heads = heads < maxHeads ? heads : maxHeads;
   heads = heads < 1 ? 1 : heads;
   plan.headBlocks = (p.numHeads + heads - 1) / heads;
   plan.headsPerBlock = (p.numHeads + plan.headBlocks - 1) / plan.headBlocks;
@@ -91,11 +101,10 @@ inline SpanDynamicConvPlan makePlan(SpanDynamicConvParams const& p, int32_t mult
     plan.rowsPerThread /= 2;
   }
   plan.sharedBytes = static_cast<int32_t>(bytes());
-  int64_t const tileRows = int64_t(plan.rowsPerThread) * plan.rowGroups;
-  plan.rowBlocks = static_cast<int32_t>((p.seq + tileRows - 1) / tileRows);
+  plan.weightRowStride = plan.headsPerBlock * p.kernelSize;
   int32_t const items = lanes * plan.rowGroups;
   plan.threads = items < kMaxThreads ? (items + 31) / 32 * 32 : kMaxThreads;
-  plan.blocks = p.batch * plan.rowBlocks * plan.headBlocks;
+  countBlocks(plan);
   return plan;
 }
 
@@ -114,7 +123,28 @@ CONVBERT_HD SpanDynamicConvTile tileOf(SpanDynamicConvPlan const& plan, int64_t 
   return tile;
 }
 
-// weights[(row * headsPerBlock + head) * K + k]
+// Softmax of K logits.
+template <int K>
+CONVBERT_HD void softmax(float (&tap)[K]) {
+  float top = tap[0];
+#pragma unroll
+  for (int k = 1; k < K; ++k) {
+    top = tap[k] > top ? tap[k] : top;
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    tap[k] = expf(tap[k] - top);
+    sum += tap[k];
+  }
+  float const scale = 1.0f / sum;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    tap[k] *= scale;
+  }
+}
+
+// weights[row * weightRowStride + head * K + k]
 template <typename T, int K>
 CONVBERT_HD void stageWeights(SpanDynamicConvPlan const& plan, int64_t block, int32_t thread,
                               float* weights) {
@@ -127,23 +157,15 @@ CONVBERT_HD void stageWeights(SpanDynamicConvPlan const& plan, int64_t block, in
     int32_t const head = i % tile.heads;
     T const* from = logits + row * p.logitsRowStride + head * K;
     float tap[K];
-    float top = tap[0] = toFloat(from[0]);
 #pragma unroll
-    for (int k = 1; k < K; ++k) {
+    for (int k = 0; k < K; ++k) {
       tap[k] = toFloat(from[k]);
-      top = tap[k] > top ? tap[k] : top;
     }
-    float sum = 0.0f;
+    softmax(tap);
+    float* to = weights + row * plan.weightRowStride + head * K;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      tap[k] = expf(tap[k] - top);
-      sum += tap[k];
-    }
-    float const scale = 1.0f / sum;
-    float* to = weights + (row * plan.headsPerBlock + head) * K;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      to[k] = tap[k] * scale;
+      to[k] = tap[k];
     }
   }
 }
@@ -227,7 +249,7 @@ CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int
 #pragma unroll
             for (int i = 0; i < kVec; ++i) window[slot][i] = 0.0f;
           }
-          float const* weight = weights + (r * plan.headsPerBlock + head) * K;
+          float const* weight = weights + r * plan.weightRowStride + head * K;
           float sum[kVec] = {};
 #pragma unroll
           for (int k = 0; k < K; ++k) {

@@ -102,8 +102,28 @@ inline void windowedSumOfHead(T const* value, int64_t valueStride, int64_t const
   }
 }
 
+// Logits that lie in memory. A source of logits fills taps[k][i * heads + h] for `rows` rows from s0
+// of item b and `heads` heads from h0.
 template <typename T>
-void runRows(SpanDynamicConvParams const& p, int64_t firstRow, int64_t lastRow) {
+struct LogitsOfTensor {
+  SpanDynamicConvParams const& p;
+
+  void fill(int64_t b, int64_t s0, int rows, int h0, int heads, float (*taps)[kMaxGroups]) const {
+    T const* logits = static_cast<T const*>(p.kernelLogits) + b * p.logitsBatchStride;
+    for (int i = 0; i < rows; ++i) {
+      T const* from = logits + (s0 + i) * p.logitsRowStride + int64_t(h0) * p.kernelSize;
+      for (int h = 0; h < heads; ++h) {
+        for (int k = 0; k < p.kernelSize; ++k) {
+          taps[k][i * heads + h] = toFloat(from[h * p.kernelSize + k]);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename LogitsSource>
+void runRows(SpanDynamicConvParams const& p, LogitsSource const& source, int64_t firstRow,
+             int64_t lastRow) {
   alignas(64) float taps[kMaxKernelSize][kMaxGroups];
   int const kernelSize = p.kernelSize;
   int const half = kernelSize / 2;
@@ -117,21 +137,13 @@ void runRows(SpanDynamicConvParams const& p, int64_t firstRow, int64_t lastRow) 
     int64_t rows = p.seq - s0 < lastRow - row ? p.seq - s0 : lastRow - row;
     rows = rows < rowsPerBlock ? rows : rowsPerBlock;
     T const* value = static_cast<T const*>(p.value) + b * p.valueBatchStride;
-    T const* logits = static_cast<T const*>(p.kernelLogits) + b * p.logitsBatchStride;
     T* output = static_cast<T*>(p.output) + b * p.outputBatchStride;
     int64_t const* mask = p.mask == nullptr ? nullptr : p.mask + b * p.maskBatchStride;
     for (int h0 = 0; h0 < p.numHeads; h0 += headSlice) {
       int const heads = p.numHeads - h0 < headSlice ? p.numHeads - h0 : headSlice;
       int const groups = static_cast<int>(rows) * heads;
       int const padded = (groups + kWidth - 1) / kWidth * kWidth;
-      for (int64_t i = 0; i < rows; ++i) {
-        T const* from = logits + (s0 + i) * p.logitsRowStride + int64_t(h0) * kernelSize;
-        for (int h = 0; h < heads; ++h) {
-          for (int k = 0; k < kernelSize; ++k) {
-            taps[k][i * heads + h] = toFloat(from[h * kernelSize + k]);
-          }
-        }
-      }
+      source.fill(b, s0, static_cast<int>(rows), h0, heads, taps);
       for (int k = 0; k < kernelSize; ++k) {
         for (int g = groups; g < padded; ++g) {
           taps[k][g] = 0.0f;
@@ -177,9 +189,9 @@ void runRows(SpanDynamicConvParams const& p, int64_t firstRow, int64_t lastRow) 
 
 inline void runRowsOfType(SpanDynamicConvParams const& params, int64_t firstRow, int64_t lastRow) {
   switch (params.dtype) {
-    case DataType::kFloat32: return runRows<float>(params, firstRow, lastRow);
-    case DataType::kFloat16: return runRows<Float16>(params, firstRow, lastRow);
-    case DataType::kBFloat16: return runRows<BFloat16>(params, firstRow, lastRow);
+    case DataType::kFloat32: return runRows<float>(params, LogitsOfTensor<float>{params}, firstRow, lastRow);
+    case DataType::kFloat16: return runRows<Float16>(params, LogitsOfTensor<Float16>{params}, firstRow, lastRow);
+    case DataType::kBFloat16: return runRows<BFloat16>(params, LogitsOfTensor<BFloat16>{params}, firstRow, lastRow);
   }
 }
 
