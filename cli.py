@@ -186,7 +186,7 @@ def build_engine(
     if manifest.golden_max_abs is not None:
         checked = f"max abs difference {manifest.golden_max_abs:.2g}"
     click.echo(
-        f"wrote {target}: {engine.label}, {manifest.plugin_nodes} SpanDynamicConv kernels, "
+        f"wrote {target}: {engine.label}, {manifest.plugin_nodes} nodes run by our kernels, "
         f"{manifest.profile}; golden request {checked}"
     )
     for key, value in manifest.plan.items():

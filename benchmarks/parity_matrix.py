@@ -20,7 +20,7 @@ import torch
 from convbert_deploy.architecture import Task
 from convbert_deploy.backends.eager import EagerRunner
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.build import without_functions
+from convbert_deploy.build import for_our_kernels
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.environment import benchmark_header, environment
 from convbert_deploy.exporting import traced_graph
@@ -76,7 +76,7 @@ def measure(size: str, task: Task, layers: int | None) -> Row:
     worst = {}
     candidates = {
         "stock": OnnxRuntimeRunner.from_model(graph),
-        "fused": OnnxRuntimeRunner.from_model(without_functions(graph), library=ort_library()),
+        "fused": OnnxRuntimeRunner.from_model(for_our_kernels(graph), library=ort_library()),
     }
     for name, candidate in candidates.items():
         with EagerRunner(model, task) as eager, candidate:

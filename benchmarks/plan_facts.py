@@ -18,8 +18,8 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 
 from convbert_deploy.backends.tensorrt_plan import Plan, PlanOptions, build_plan
-from convbert_deploy.custom_op import nodes_of
 from convbert_deploy.environment import benchmark_header, environment
+from convbert_deploy.operators import nodes_of
 from convbert_deploy.plugin_library import tensorrt_library
 from convbert_deploy.precision import Precision
 from convbert_deploy.report_table import markdown_table

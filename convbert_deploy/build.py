@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from convbert_deploy.custom_op import DOMAIN, nodes_of
 from convbert_deploy.engine import (
     GOLDEN,
     GRAPH,
@@ -22,6 +21,8 @@ from convbert_deploy.engine import (
 )
 from convbert_deploy.errors import EngineError, PluginError
 from convbert_deploy.graph import Graph, write_model
+from convbert_deploy.operators import DOMAIN, nodes_of, span_dynamic_conv
+from convbert_deploy.operators.fused_span_dynamic_conv import fuse
 from convbert_deploy.precision import Precision
 from convbert_deploy.provenance import atomic_directory, sha256_of_file
 from convbert_deploy.shapes import ShapeProfile
@@ -40,7 +41,7 @@ Progress = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """plugin: run SpanDynamicConv as our kernel; False is the explicit --no-plugin.
+    """plugin: run our operators as our kernels; False is the explicit --no-plugin.
     compute_capabilities: GPUs a tensorrt-rtx plan is for. tokenizer: files to use instead of those
     that came with the graph."""
 
@@ -58,6 +59,7 @@ class _Built:
     """What a backend made in the bundle's folder."""
 
     plugin_library: pathlib.Path | None
+    plugin_nodes: int
     target: dict[str, Any]
     plan: dict[str, Any]
 
@@ -81,6 +83,8 @@ def build_engine(
     profile = options.profile.limited_to(graph.info.architecture.max_position_embeddings)
     progress(f"typing the graph as {options.precision}")
     model = _in_precision(graph.model, options.precision, backend)
+    if options.plugin:
+        model = for_our_kernels(model)
     with atomic_directory(target) as folder:
         progress(f"building for {backend}")
         if backend.startswith("onnxruntime"):
@@ -139,12 +143,10 @@ def _in_precision(model: onnx.ModelProto, precision: Precision, backend: str) ->
     return change(model, precision)
 
 
-def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose SpanDynamicConv nodes only our library can run: nothing inlines silently."""
-    import onnx
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+def for_our_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with the kernel generators fused, whose nodes of our operators only our library can
+    run: without their functions nothing inlines silently."""
+    copy = fuse(model)
     kept = [function for function in copy.functions if function.domain != DOMAIN]
     del copy.functions[:]
     copy.functions.extend(kept)
@@ -157,9 +159,10 @@ def _build_onnxruntime(
     from convbert_deploy.plugin_library import ort_library
 
     library = ort_library() if options.plugin else None
-    write_model(without_functions(model) if options.plugin else model, folder / GRAPH)
+    write_model(model, folder / GRAPH)
     arithmetic = Precision.FP32 if backend == _CPU else options.precision
-    return _Built(library, {"platform": platform_name(), "arithmetic": arithmetic}, {})
+    target = {"platform": platform_name(), "arithmetic": arithmetic}
+    return _Built(library, len(nodes_of(model)) if library else 0, target, {})
 
 
 def _build_plan(
@@ -187,7 +190,7 @@ def _build_plan(
         "arithmetic": options.precision,
         "compute_capabilities": list(plan_options.compute_capabilities) or ["this GPU"],
     }
-    return _Built(library, target, plan.facts.to_json())
+    return _Built(library, plan.facts.plugin_layers, target, plan.facts.to_json())
 
 
 def _copy_tokenizer(files: tuple[pathlib.Path, ...], folder: pathlib.Path) -> None:
@@ -209,7 +212,7 @@ def _manifest(
     from convbert_deploy.environment import versions
 
     info = graph.info
-    operators = len(nodes_of(graph.model)) if options.plugin else 0
+    operators = len(nodes_of(graph.model, span_dynamic_conv.OP_TYPE))
     if options.plugin and operators != info.architecture.num_hidden_layers:
         raise PluginError(
             f"the graph has {operators} SpanDynamicConv nodes, expected one for each of "
@@ -226,7 +229,7 @@ def _manifest(
         problem_type=info.problem_type,
         padding=info.padding,
         profile=profile,
-        plugin_nodes=operators,
+        plugin_nodes=built.plugin_nodes,
         plugin_sha256=sha256_of_file(built.plugin_library) if built.plugin_library else None,
         target=built.target,
         plan=built.plan,

@@ -114,7 +114,7 @@ def _section(report: ParityReport | BenchmarkReport) -> str:
 
 def _facts(engine: Engine) -> str:
     manifest = engine.manifest
-    facts = {"SpanDynamicConv kernels": manifest.plugin_nodes, "profile": manifest.profile}
+    facts = {"nodes run by our kernels": manifest.plugin_nodes, "profile": manifest.profile}
     facts |= manifest.plan
     lines = [f"- {key}: {value}" for key, value in facts.items()]
     if manifest.golden_max_abs is None:

@@ -34,7 +34,7 @@ class Manifest:
     """What an engine is, where it comes from and where it runs.
 
     chain: checkpoint first, the exported graph last. target: the machine it was built for
-    (``platform``, and for plans ``compute_capabilities``). plugin_nodes: SpanDynamicConv operators
+    (``platform``, and for plans ``compute_capabilities``). plugin_nodes: our operators
     that run as our kernels, 0 under ``--no-plugin``. golden_max_abs: what the self-check measured,
     None where the plan cannot run on the machine that built it. files: sha256 by relative path.
     """

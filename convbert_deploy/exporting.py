@@ -98,7 +98,10 @@ def traced_graph(eager: Any, task: Task, padding: str = "hf") -> onnx.ModelProto
     """
     import onnx_ir as ir
 
+    from convbert_deploy.operators import functions_of
+
     proto = ir.to_proto(tidy(_trace(eager, task, padding), task))
+    proto.functions.extend(functions_of(proto, OPSET))
     # shapes of intermediates go stale with the next rewrite, and quantizers trip over stale ones
     del proto.graph.value_info[:]
     return proto
@@ -127,7 +130,7 @@ def _trace(eager: Any, task: Task, padding: str) -> ir.Model:
         raise MissingDependencyError(
             error.name or "onnxscript", needed_for="export", extra="export"
         ) from error
-    from convbert_deploy.custom_op import translation_table
+    from convbert_deploy.operators import translation_table
     from convbert_deploy.traceable import Padding, TraceableModel
 
     traceable = TraceableModel(eager, task, Padding(padding)).eval()
@@ -157,12 +160,12 @@ def _trace(eager: Any, task: Task, padding: str) -> ir.Model:
 
 
 def tidy(model: ir.Model, task: Task) -> ir.Model:
-    """Run the passes, name the axes, attach the operator's function."""
+    """Run the passes and name the axes."""
     import onnx_ir as ir
     from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
     from convbert_deploy import passes
-    from convbert_deploy.custom_op import DOMAIN, DOMAIN_VERSION, OP_TYPE, function_proto
+    from convbert_deploy.operators import DOMAIN, DOMAIN_VERSION
 
     sequence = ir.passes.Sequential(
         passes.ConstantReshape(),
@@ -176,16 +179,6 @@ def tidy(model: ir.Model, task: Task) -> ir.Model:
         value.shape = ir.Shape(task.input_axes)
     for value in model.graph.outputs:
         value.shape = _output_shape(task, value)
-    operators = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, OP_TYPE)]
-    kinds = {
-        (n.attributes["num_heads"].value, n.attributes["kernel_size"].value) for n in operators
-    }
-    if len(kinds) != 1:
-        raise GraphError(
-            f"traced {len(operators)} {OP_TYPE} nodes of kinds {kinds}, expected one kind"
-        )
-    function = ir.from_proto(function_proto(*kinds.pop(), opset=OPSET))
-    model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = DOMAIN_VERSION
     model.producer_name, model.producer_version = "convbert-deploy", _own_version()
     model.graph.name = f"convbert-{task}"

@@ -1,9 +1,9 @@
 """A copy of the eager model that traces to a small, regular graph.
 
-Replaced, on a copy: the self-attention of each layer (its convolution becomes the SpanDynamicConv
-operator, its four projections of the same input one Linear), grouped linears (same maths, fewer
-transposes) and the encoder (its mask becomes one additive constant that float16 can hold). The
-heads are transformers' own.
+Replaced, on a copy: the self-attention of each layer (its convolutions become our operators, its
+four projections of the same input one Linear), grouped linears (same maths, fewer transposes) and
+the encoder (its mask becomes one additive constant that float16 can hold). The heads are
+transformers' own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from convbert_deploy.architecture import Task
-from convbert_deploy.custom_op import torch_operator
+from convbert_deploy.operators import depthwise_conv1d, span_dynamic_conv
 
 #: Added to the attention scores of padded keys. exp(-30000) is 0 in every format, and the sum with
 #: any plausible score stays inside float16 (65504), where transformers' finfo.min would not.
@@ -52,10 +52,10 @@ class TraceableSelfAttention(nn.Module):
             torch.cat([b.weight for b in branches]), torch.cat([b.bias for b in branches])
         )
         separable = source.key_conv_attn_layer
-        self.depthwise = separable.depthwise
+        self.depthwise = TraceableDepthwiseConv1D(separable.depthwise)
         self.pointwise = _linear(separable.pointwise.weight.squeeze(-1), separable.bias.squeeze(-1))
         self.kernel_generator = source.conv_kernel_layer
-        self._convolve = torch_operator()
+        self._convolve = span_dynamic_conv.torch_operator()
 
     def forward(
         self,
@@ -63,17 +63,15 @@ class TraceableSelfAttention(nn.Module):
         attention_mask: tuple[torch.Tensor, torch.Tensor | None],
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """hidden (batch, seq, hidden); attention_mask = (additive (batch, 1, 1, seq), keep (batch,
-        seq, 1) or None) -> ((batch, seq, hidden), None)."""
-        additive, keep = attention_mask
+        """hidden (batch, seq, hidden); attention_mask = (additive (batch, 1, 1, seq), int64 (batch,
+        seq) or None) -> ((batch, seq, hidden), None)."""
+        additive, mask = attention_mask
         query, key, value, conv_value = self.projections(hidden).split(
             self.heads * self.head_dim, dim=-1
         )
-        if keep is not None:
-            hidden, conv_value = hidden * keep, conv_value * keep
-        key_conv = self.pointwise(self.depthwise(hidden.transpose(1, 2)).transpose(1, 2))
+        key_conv = self.pointwise(self.depthwise(hidden, mask))
         kernel_logits = self.kernel_generator(key_conv * query)
-        convolved = self._convolve(conv_value, kernel_logits, self.heads, self.kernel_size)
+        convolved = self._convolve(conv_value, kernel_logits, mask, self.heads, self.kernel_size)
         scores = self._by_head(query) @ self._by_head(key).transpose(-1, -2)
         probabilities = torch.softmax(scores / math.sqrt(self.head_dim) + additive, dim=-1)
         context = (probabilities @ self._by_head(value)).transpose(1, 2).flatten(2)
@@ -81,6 +79,20 @@ class TraceableSelfAttention(nn.Module):
 
     def _by_head(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+
+class TraceableDepthwiseConv1D(nn.Module):
+    """The depthwise half of SeparableConv1D without leaving (batch, seq, channels) layout."""
+
+    def __init__(self, source: nn.Conv1d) -> None:
+        super().__init__()
+        # (channels, 1, K) -> (K, channels): a tap is then one contiguous row
+        self.weight = nn.Parameter(source.weight.detach().squeeze(1).t().contiguous())
+        self._convolve = depthwise_conv1d.torch_operator()
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch, seq, channels), int64 (batch, seq) or None -> (batch, seq, channels)."""
+        return self._convolve(hidden, self.weight, mask)
 
 
 class TraceableGroupedLinear(nn.Module):
@@ -123,9 +135,9 @@ class TraceableEncoder(nn.Module):
             hidden = self.embeddings_project(hidden)
         keep = attention_mask.to(hidden.dtype)
         additive = ((1.0 - keep) * MASK_CONSTANT)[:, None, None, :]
-        keep_rows = keep[:, :, None] if self.padding is Padding.MASKED else None
+        mask = attention_mask if self.padding is Padding.MASKED else None
         for layer in self.encoder.layer:
-            hidden = layer(hidden, (additive, keep_rows))
+            hidden = layer(hidden, (additive, mask))
         if self.repair_last_token:
             last = attention_mask.sum(dim=1)[:, None, None] - 1
             picked = hidden.gather(1, last.expand(-1, 1, hidden.shape[-1]))

@@ -23,7 +23,7 @@ extern "C" __attribute__((visibility("default"))) convbert::ort::Status* Registe
   if (Status* status = api->createCustomOpDomain(kDomain, &domain)) {
     return status;
   }
-  for (auto* ops : {spanDynamicConvOps, fusedSpanDynamicConvOps}) {
+  for (auto* ops : {spanDynamicConvOps, depthwiseConv1dOps, fusedSpanDynamicConvOps}) {
     OpSet const& set = ops();
     for (size_t i = 0; i < set.count; ++i) {
       if (Status* status = api->customOpDomainAdd(domain, &set.ops[i])) {

@@ -6,6 +6,7 @@
 namespace convbert::ort {
 
 OpSet const& spanDynamicConvOps() noexcept;
+OpSet const& depthwiseConv1dOps() noexcept;
 OpSet const& fusedSpanDynamicConvOps() noexcept;
 
 }  // namespace convbert::ort

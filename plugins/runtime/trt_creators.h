@@ -6,6 +6,7 @@
 namespace convbert::trt {
 
 nvinfer1::IPluginCreatorInterface* spanDynamicConvCreator() noexcept;
+nvinfer1::IPluginCreatorInterface* depthwiseConv1dCreator() noexcept;
 nvinfer1::IPluginCreatorInterface* fusedSpanDynamicConvCreator() noexcept;
 
 }  // namespace convbert::trt

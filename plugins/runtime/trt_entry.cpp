@@ -24,6 +24,7 @@ using nvinfer1::IPluginRegistry;
 IPluginCreatorInterface* const* creators(int32_t& count) noexcept {
   static IPluginCreatorInterface* const kCreators[] = {
       convbert::trt::spanDynamicConvCreator(),
+      convbert::trt::depthwiseConv1dCreator(),
       convbert::trt::fusedSpanDynamicConvCreator(),
   };
   count = sizeof(kCreators) / sizeof(kCreators[0]);

@@ -9,20 +9,22 @@ import pytest
 
 from convbert_deploy import plugin_library
 
-from kernels.cases import Params, library_or_skip
+from kernels.cases import library_or_skip, load_kernels, torch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The references are many small steps: on a busy machine torch's threads, meeting after each,
+    make them 30 times as slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def kernels() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(plugin_library.kernels_library()))
-    library.convbert_status_message.restype = ctypes.c_char_p
-    library.convbert_span_dynamic_conv_cpu_rows.argtypes = [
-        ctypes.POINTER(Params),
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_int32,
-    ]
-    return library
+    return load_kernels(plugin_library.kernels_library())
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from convbert_deploy.architecture import Task
 from convbert_deploy.backends.eager import EagerRunner
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.build import without_functions
+from convbert_deploy.build import for_our_kernels
 from convbert_deploy.exporting import traced_graph
 from convbert_deploy.parity import compare
 from convbert_deploy.parity_cases import NamedBatch, random_batch
@@ -50,7 +50,7 @@ def cases(model, task):
 def candidates(graph):
     return {
         "stock": OnnxRuntimeRunner.from_model(graph),
-        "fused": OnnxRuntimeRunner.from_model(without_functions(graph), library=ort_library()),
+        "fused": OnnxRuntimeRunner.from_model(for_our_kernels(graph), library=ort_library()),
     }
 
 

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
-from convbert_deploy.build import BuildOptions, build_engine, without_functions
-from convbert_deploy.custom_op import nodes_of
+from convbert_deploy.build import BuildOptions, build_engine, for_our_kernels
 from convbert_deploy.engine import MANIFEST, Engine
 from convbert_deploy.errors import EngineError, InputError, PluginError, ShapeError
+from convbert_deploy.operators import nodes_of
 from convbert_deploy.precision import Precision
 from convbert_deploy.shapes import ShapeProfile, ShapeRange
 from convbert_deploy.verification import VerifyOptions, check_chain, verify
@@ -196,8 +196,8 @@ def test_a_wrong_engine_is_not_written(classifier_graph, tmp_path, monkeypatch):
     import factories
 
     monkeypatch.setattr(
-        "convbert_deploy.build.without_functions",
-        lambda model: factories.sabotage_onnx(without_functions(model), "shift-by-one"),
+        "convbert_deploy.build.for_our_kernels",
+        lambda model: factories.sabotage_onnx(for_our_kernels(model), "shift-by-one"),
     )
     with pytest.raises(EngineError, match="golden request wrongly"):
         build_engine(classifier_graph, tmp_path / "w.engine", BuildOptions(backend=ORT))

@@ -8,17 +8,15 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from convbert_deploy.architecture import Task
 from convbert_deploy.backends.eager import EagerRunner
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.custom_op import function_proto, nodes_of
 from convbert_deploy.errors import ConvBertDeployError, GraphError
 from convbert_deploy.exporting import export, traced_graph
 from convbert_deploy.graph import Graph, latest_graph, read_info, write_graph, write_model
+from convbert_deploy.operators import nodes_of
 from convbert_deploy.parity_cases import random_batch
-from convbert_deploy.reference import span_dynamic_conv
 
 import factories
 
@@ -41,10 +39,10 @@ def test_nodes_of_twelve_layers_stay_below_500(base_layers):
     assert 12 * per_layer["0"] + outside < 500
 
 
-def test_every_layer_has_one_operator_and_the_function_travels_along(base_layers):
+def test_every_layer_has_its_operators_and_their_functions_travel_along(base_layers):
     graph = base_layers[1]
-    assert len(nodes_of(graph)) == 2
-    for node in nodes_of(graph):
+    assert [n.op_type for n in nodes_of(graph)] == ["DepthwiseConv1D", "SpanDynamicConv"] * 2
+    for node in nodes_of(graph, "SpanDynamicConv"):
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes == {
             "num_heads": 6,
@@ -52,7 +50,8 @@ def test_every_layer_has_one_operator_and_the_function_travels_along(base_layers
             "plugin_version": b"1",
             "plugin_namespace": b"",
         }
-    assert [(f.domain, f.name) for f in graph.functions] == [("convbert", "SpanDynamicConv")]
+    names = [(f.domain, f.name) for f in graph.functions]
+    assert names == [("convbert", "DepthwiseConv1D"), ("convbert", "SpanDynamicConv")]
     onnx.checker.check_model(graph, full_check=False)
 
 
@@ -137,35 +136,6 @@ def test_self_check_refuses_a_sabotaged_graph(kind, classifier, tmp_path, monkey
     with pytest.raises(GraphError, match="differs from the eager model"):
         export(classifier, tmp_path / "bad.onnx")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("heads", "kernel", "head_dim"), [(1, 1, 8), (2, 3, 48), (6, 9, 64), (4, 15, 32)]
-)
-@pytest.mark.parametrize("seq", [1, 2, 8, 33])
-def test_function_equals_the_reference(heads, kernel, head_dim, seq):
-    random = np.random.default_rng(seq)
-    value = random.standard_normal((2, seq, heads * head_dim), np.float32)
-    logits = 3 * random.standard_normal((2, seq, heads * kernel), np.float32)
-    node = onnx.helper.make_node(
-        "SpanDynamicConv", ["v", "l"], ["o"], domain="convbert", num_heads=heads, kernel_size=kernel
-    )
-    infos = [
-        onnx.helper.make_tensor_value_info(name, 1, ["b", "s", width])
-        for name, width in (("v", heads * head_dim), ("l", heads * kernel), ("o", heads * head_dim))
-    ]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph([node], "one", infos[:2], infos[2:]),
-        opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("convbert", 1)],
-        functions=[function_proto(heads, kernel, 20)],
-        ir_version=10,
-    )
-    with OnnxRuntimeRunner.from_model(model) as runner:
-        got = runner.infer({"v": value, "l": logits})["o"]
-    expected = span_dynamic_conv(
-        torch.from_numpy(value), torch.from_numpy(logits), num_heads=heads, kernel_size=kernel
-    )
-    np.testing.assert_allclose(got, expected.numpy(), atol=2e-6, rtol=1e-5)
 
 
 def test_graph_describes_itself(classifier, classifier_graph):
