@@ -1,32 +1,25 @@
-// Drives libconvbert_trt_plugins.so through its ABI with no TensorRT library in the process, the
-// way TensorRT would: creators, fields, creation, formats, shapes, serialisation, clone, context,
-// enqueue. Without a GPU it stops before the first allocation and exits 0 saying so; with one it
-// compares the output with the CPU kernel's and times it against a device-to-device copy of the
-// same bytes.
+// Drives libconvbert_trt_plugins.so through its ABI with no TensorRT library in the process, the way
+// TensorRT would: creators, fields, types and layouts, shape expressions, serialisation, clones,
+// contexts, enqueue. Without a GPU it stops before the first allocation, saying so.
 //   convbert_plugin_harness path/to/libconvbert_trt_plugins.so
-#include <NvInferRuntime.h>
-#include <cuda_runtime_api.h>
+// One line a check; exit code 1 when one fails.
+#include "harness.h"
+
 #include <dlfcn.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <vector>
+#include <deque>
 
-#include "../runtime/half.h"
-#include "../span_dynamic_conv/span_dynamic_conv.h"
+#include <cuda_runtime_api.h>
+
 
 using namespace nvinfer1;
 
+namespace harness {
 namespace {
 
 int gFailures = 0;
-
-void check(bool condition, char const* what) {
-  std::printf("%s %s\n", condition ? "ok  " : "FAIL", what);
-  gFailures += condition ? 0 : 1;
-}
 
 // Symbolic extents, as the builder passes them: a number, or -1 for a dynamic axis. TensorRT's
 // interface classes forward to an implementation object, which is ours here.
@@ -42,216 +35,214 @@ class Extent final : public IDimensionExpr, private apiv::VDimensionExpr {
   int64_t value_;
 };
 
-// The plugin needs no arithmetic on extents; any use of this one would crash the harness.
+// The plugins need no arithmetic on extents; any use of this one would crash the harness.
 class NoExpressions final : public IExprBuilder {
  public:
   NoExpressions() { mImpl = nullptr; }
 };
 
-IPluginV3* create(IPluginCreatorV3One* creator, int32_t heads, int32_t taps) {
-  PluginField fields[2] = {{"num_heads", &heads, PluginFieldType::kINT32, 1},
-                           {"kernel_size", &taps, PluginFieldType::kINT32, 1}};
-  PluginFieldCollection const collection{2, fields};
+IPluginV3* create(IPluginCreatorV3One* creator, Fields const& given) {
+  std::vector<PluginField> fields;
+  for (auto const& [name, value] : given) {
+    fields.push_back({name, &value, PluginFieldType::kINT32, 1});
+  }
+  PluginFieldCollection const collection{static_cast<int32_t>(fields.size()), fields.data()};
   return creator->createPlugin("harness", &collection, TensorRTPhase::kBUILD);
 }
 
-template <typename Interface>
-Interface* capability(IPluginV3* plugin, PluginCapabilityType type) {
-  return plugin ? static_cast<Interface*>(plugin->getCapabilityInterface(type)) : nullptr;
-}
+// The symbolic shapes of an operator's inputs, with one extent replaced.
+struct Symbols {
+  std::deque<std::deque<Extent>> extents;  // an Extent points at itself: it must not move
+  std::vector<DimsExprs> shapes;
 
-void checkBuildSide(IPluginV3* plugin) {
-  auto* build = capability<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
-  check(build != nullptr && build->getNbOutputs() == 1, "build capability, one output");
-  DataType const types[] = {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8};
-  for (DataType type : types) {
-    DynamicPluginTensorDesc io[3] = {};
+  Symbols(Operator const& op, bool masked, BadExtent const* bad) {
+    auto inputs = op.inputs;
+    if (masked) {
+      inputs.push_back({kBatch, kSeq});
+    }
+    if (bad != nullptr) {
+      inputs[bad->input][bad->axis] = bad->extent;
+    }
+    for (auto const& input : inputs) {
+      auto& row = extents.emplace_back();
+      DimsExprs dims{static_cast<int32_t>(input.size()), {}};
+      for (size_t axis = 0; axis < input.size(); ++axis) {
+        dims.d[axis] = &row.emplace_back(input[axis]);
+      }
+      shapes.push_back(dims);
+    }
+  }
+};
+
+void checkFormats(IPluginV3OneBuild* build, Operator const& op, bool masked) {
+  int32_t const inputs = static_cast<int32_t>(op.inputs.size()) + (masked ? 1 : 0);
+  for (DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16, DataType::kINT8}) {
+    std::vector<DynamicPluginTensorDesc> io(inputs + 1);
     for (auto& tensor : io) {
       tensor.desc.type = type;
       tensor.desc.format = TensorFormat::kLINEAR;
     }
-    bool all = true;
-    for (int32_t i = 0; i < 3; ++i) {
-      all = all && build->supportsFormatCombination(i, io, 2, 1);
+    if (masked) {
+      io[inputs - 1].desc.type = DataType::kINT64;
     }
-    check(all == (type != DataType::kINT8), "fp32, fp16, bf16 accepted and int8 refused");
+    bool all = true;
+    for (int32_t i = 0; i <= inputs; ++i) {
+      all = all && build->supportsFormatCombination(i, io.data(), inputs, 1);
+    }
+    check(all == (type != DataType::kINT8), op.name, "fp32, fp16, bf16 accepted and int8 refused");
     io[1].desc.type = type == DataType::kFLOAT ? DataType::kHALF : DataType::kFLOAT;
-    check(!build->supportsFormatCombination(1, io, 2, 1), "mixed types refused");
+    check(!build->supportsFormatCombination(1, io.data(), inputs, 1), op.name,
+          "mixed types refused");
     io[0].desc.format = TensorFormat::kCHW32;
-    check(!build->supportsFormatCombination(0, io, 2, 1), "vectorised layouts refused");
+    check(!build->supportsFormatCombination(0, io.data(), inputs, 1), op.name,
+          "vectorised layouts refused");
+    if (masked) {
+      io[inputs - 1].desc.type = DataType::kINT32;
+      check(!build->supportsFormatCombination(inputs - 1, io.data(), inputs, 1), op.name,
+            "a mask other than int64 refused");
+    }
   }
-  DataType in[2] = {DataType::kHALF, DataType::kHALF}, out[1] = {DataType::kFLOAT};
-  check(build->getOutputDataTypes(out, 1, in, 2) == 0 && out[0] == DataType::kHALF,
-        "output type is the input's");
-  Extent dynamic(-1), width(384), taps(54), badTaps(53), badWidth(385);
-  NoExpressions builder;
-  DimsExprs shapes[2] = {{3, {&dynamic, &dynamic, &width}}, {3, {&dynamic, &dynamic, &taps}}};
-  DimsExprs result[1] = {};
-  check(build->getOutputShapes(shapes, 2, nullptr, 0, result, 1, builder) == 0 &&
-            result[0].nbDims == 3 && result[0].d[2] == &width && result[0].d[1] == &dynamic,
-        "output shape is value's, dynamic axes included");
-  shapes[1].d[2] = &badTaps;
-  check(build->getOutputShapes(shapes, 2, nullptr, 0, result, 1, builder) != 0,
-        "kernel_logits of another width refused");
-  shapes[1].d[2] = &taps;
-  shapes[0].d[2] = &badWidth;
-  check(build->getOutputShapes(shapes, 2, nullptr, 0, result, 1, builder) != 0,
-        "channels that do not divide into heads refused");
-  shapes[0].nbDims = 2;
-  check(build->getOutputShapes(shapes, 2, nullptr, 0, result, 1, builder) != 0,
-        "two axes refused");
-  check(build->getWorkspaceSize(nullptr, 2, nullptr, 1) == 0, "no workspace");
+  std::vector<DataType> in(inputs, DataType::kHALF);
+  if (masked) {
+    in.back() = DataType::kINT64;
+  }
+  DataType out[1] = {DataType::kFLOAT};
+  check(build->getOutputDataTypes(out, 1, in.data(), inputs) == 0 && out[0] == DataType::kHALF,
+        op.name, "output type is the inputs'");
 }
 
-// Serialised fields recreate the plugin after the first one is gone.
-IPluginV3* roundTrip(IPluginCreatorV3One* creator, IPluginV3* plugin) {
+int32_t outputShape(IPluginV3OneBuild* build, Symbols& symbols, DimsExprs* result) {
+  NoExpressions builder;
+  return build->getOutputShapes(symbols.shapes.data(), static_cast<int32_t>(symbols.shapes.size()),
+                                nullptr, 0, result, 1, builder);
+}
+
+void checkShapes(IPluginV3OneBuild* build, Operator const& op, bool masked) {
+  DimsExprs result[1] = {};
+  Symbols good(op, masked, nullptr);
+  check(outputShape(build, good, result) == 0 && result[0].nbDims == 3 &&
+            result[0].d[0] == &good.extents[0][0] && result[0].d[1] == &good.extents[0][1] &&
+            result[0].d[2]->getConstantValue() == op.inputs[0][2],
+        op.name, "output shape is input 0's, dynamic axes included");
+  for (BadExtent const& bad : op.badExtents) {
+    Symbols symbols(op, masked, &bad);
+    check(outputShape(build, symbols, result) != 0, op.name, "a shape that does not fit refused");
+  }
+  for (size_t i = 0; i < good.shapes.size(); ++i) {
+    Symbols symbols(op, masked, nullptr);
+    --symbols.shapes[i].nbDims;
+    check(outputShape(build, symbols, result) != 0, op.name, "an axis too few refused");
+  }
+  check(build->getWorkspaceSize(nullptr, 2, nullptr, 1) == 0, op.name, "no workspace");
+}
+
+// Serialised fields recreate the plugin after the first one is gone, its mask included.
+IPluginV3* roundTrip(IPluginCreatorV3One* creator, IPluginV3* plugin, Operator const& op,
+                     bool masked) {
   auto* runtime = capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
   PluginFieldCollection const* fields = runtime->getFieldsToSerialize();
-  int32_t values[2] = {0, 0};
-  PluginField copies[2];
-  check(fields != nullptr && fields->nbFields == 2, "two serialised fields");
-  for (int32_t i = 0; i < 2; ++i) {
+  check(fields != nullptr && fields->nbFields == static_cast<int32_t>(op.fields.size()) + 1,
+        op.name, "attributes and has_mask are serialised");
+  std::vector<int32_t> values(fields->nbFields);
+  std::vector<PluginField> copies;
+  bool sameValues = true;
+  for (int32_t i = 0; i < fields->nbFields; ++i) {
     PluginField const& field = fields->fields[i];
-    check(field.type == PluginFieldType::kINT32 && field.length == 1, "an int32 field");
+    check(field.type == PluginFieldType::kINT32 && field.length == 1, op.name, "an int32 field");
     std::memcpy(&values[i], field.data, sizeof(int32_t));
-    copies[i] = PluginField(field.name, &values[i], field.type, 1);
+    copies.emplace_back(field.name, &values[i], field.type, 1);
+    int32_t const expected = static_cast<size_t>(i) < op.fields.size() ? op.fields[i].second
+                                                                       : int32_t{masked};
+    sameValues = sameValues && values[i] == expected;
   }
-  check(values[0] == 6 && values[1] == 9, "serialised values");
+  check(sameValues, op.name, "serialised values");
   delete plugin;
-  PluginFieldCollection const collection{2, copies};
+  PluginFieldCollection const collection{static_cast<int32_t>(copies.size()), copies.data()};
   IPluginV3* again = creator->createPlugin("again", &collection, TensorRTPhase::kRUNTIME);
-  check(again != nullptr, "recreated from its fields");
+  check(again != nullptr, op.name, "recreated from its fields");
   IPluginV3* copy = again->clone();
+  delete again;
   auto* core = capability<IPluginV3OneCore>(copy, PluginCapabilityType::kCORE);
-  check(core != nullptr && !std::strcmp(core->getPluginName(), "SpanDynamicConv") &&
+  check(core != nullptr && !std::strcmp(core->getPluginName(), op.name) &&
             !std::strcmp(core->getPluginVersion(), "1") &&
             !std::strcmp(core->getPluginNamespace(), ""),
-        "a clone keeps name, version and namespace");
-  delete again;
+        op.name, "a clone keeps name, version and namespace");
+  auto* cloned = capability<IPluginV3OneRuntime>(copy, PluginCapabilityType::kRUNTIME);
+  int32_t hasMask = -1;
+  fields = cloned->getFieldsToSerialize();
+  std::memcpy(&hasMask, fields->fields[fields->nbFields - 1].data, sizeof(hasMask));
+  check(hasMask == int32_t{masked}, op.name, "a clone keeps its mask");
   return copy;
 }
 
-struct Case {
-  int64_t batch, seq;
-  DataType type;
-};
-
-int elementBytes(DataType type) { return type == DataType::kFLOAT ? 4 : 2; }
-
-float element(std::vector<char> const& data, DataType type, size_t i) {
-  if (type == DataType::kFLOAT) {
-    return reinterpret_cast<float const*>(data.data())[i];
+void checkOperator(IPluginCreatorV3One* creator, Operator const& op, bool onDevice) {
+  check(creator->getFieldNames()->nbFields == static_cast<int32_t>(op.fields.size()), op.name,
+        "field names");
+  for (Fields const& bad : op.badFields) {
+    check(create(creator, bad) == nullptr, op.name, "bad or missing attributes refused");
   }
-  uint16_t const bits = reinterpret_cast<uint16_t const*>(data.data())[i];
-  return type == DataType::kHALF ? convbert::toFloat(convbert::Float16{bits})
-                                 : convbert::toFloat(convbert::BFloat16{bits});
-}
-
-std::vector<char> randomTensor(size_t count, DataType type, uint32_t seed) {
-  std::vector<char> data(count * elementBytes(type));
-  for (size_t i = 0; i < count; ++i) {
-    seed = seed * 1664525u + 1013904223u;
-    float const x = (static_cast<float>(seed >> 8) / 8388608.0f - 1.0f) * 3.0f;
-    if (type == DataType::kFLOAT) {
-      reinterpret_cast<float*>(data.data())[i] = x;
-    } else {
-      reinterpret_cast<uint16_t*>(data.data())[i] =
-          type == DataType::kHALF ? convbert::fromFloat<convbert::Float16>(x).bits
-                                  : convbert::fromFloat<convbert::BFloat16>(x).bits;
+  for (bool masked : {false, true}) {
+    IPluginV3* plugin = create(creator, op.fields);
+    check(plugin != nullptr, op.name, "created");
+    auto* build = capability<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+    if (build == nullptr) {
+      check(false, op.name, "build capability");
+      return;
     }
+    check(build->getNbOutputs() == 1, op.name, "one output");
+    checkFormats(build, op, masked);
+    checkShapes(build, op, masked);
+    plugin = roundTrip(creator, plugin, op, masked);
+    auto* runtime = capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+    IPluginV3* context = runtime->attachToContext(nullptr);
+    check(context != nullptr && context != plugin, op.name, "attached to a context");
+    if (onDevice && !masked) {
+      runOnDevice(context, op);  // with and without a mask: a context takes whatever shapes come
+    }
+    delete context;
+    delete plugin;
   }
-  return data;
-}
-
-// Median of 20 timings of 50 calls, in microseconds.
-template <typename Call>
-float microseconds(cudaStream_t stream, Call call) {
-  cudaEvent_t begin, end;
-  cudaEventCreate(&begin);
-  cudaEventCreate(&end);
-  std::vector<float> times;
-  for (int i = 0; i < 25; ++i) {
-    cudaEventRecord(begin, stream);
-    for (int j = 0; j < 50; ++j) call();
-    cudaEventRecord(end, stream);
-    cudaEventSynchronize(end);
-    float milliseconds = 0;
-    cudaEventElapsedTime(&milliseconds, begin, end);
-    if (i >= 5) times.push_back(milliseconds * 1000 / 50);  // the first five warm up
-  }
-  std::nth_element(times.begin(), times.begin() + 10, times.end());
-  return times[10];
-}
-
-void runOnDevice(IPluginV3* context, Case const& shape) {
-  size_t const rows = static_cast<size_t>(shape.batch * shape.seq);
-  size_t const valueBytes = rows * 384 * elementBytes(shape.type);
-  std::vector<char> value = randomTensor(rows * 384, shape.type, 1);
-  std::vector<char> logits = randomTensor(rows * 54, shape.type, 2);
-  std::vector<char> expected(valueBytes), got(valueBytes);
-  PluginTensorDesc in[2] = {
-      {Dims{3, {shape.batch, shape.seq, 384}}, shape.type, TensorFormat::kLINEAR, 1.0f},
-      {Dims{3, {shape.batch, shape.seq, 54}}, shape.type, TensorFormat::kLINEAR, 1.0f}};
-  PluginTensorDesc out[1] = {in[0]};
-  auto* runtime = capability<IPluginV3OneRuntime>(context, PluginCapabilityType::kRUNTIME);
-  void *v = nullptr, *l = nullptr, *o = nullptr;
-  bool good = cudaMalloc(&v, valueBytes) == cudaSuccess &&
-              cudaMalloc(&l, logits.size()) == cudaSuccess &&
-              cudaMalloc(&o, valueBytes) == cudaSuccess &&
-              cudaMemcpy(v, value.data(), valueBytes, cudaMemcpyHostToDevice) == cudaSuccess &&
-              cudaMemcpy(l, logits.data(), logits.size(), cudaMemcpyHostToDevice) == cudaSuccess;
-  cudaStream_t stream = nullptr;
-  good = good && cudaStreamCreate(&stream) == cudaSuccess;
-  void const* inputs[2] = {v, l};
-  void* outputs[1] = {o};
-  good = good && runtime->onShapeChange(in, 2, out, 1) == 0 &&
-         runtime->enqueue(in, out, inputs, outputs, nullptr, stream) == 0 &&
-         cudaStreamSynchronize(stream) == cudaSuccess &&
-         cudaMemcpy(got.data(), o, valueBytes, cudaMemcpyDeviceToHost) == cudaSuccess;
-  check(good, "enqueue");
-  convbert::SpanDynamicConvParams params{};
-  params.value = value.data();
-  params.kernelLogits = logits.data();
-  params.output = expected.data();
-  params.batch = shape.batch;
-  params.seq = shape.seq;
-  params.numHeads = 6;
-  params.headDim = 64;
-  params.kernelSize = 9;
-  params.dtype = shape.type == DataType::kFLOAT  ? convbert::DataType::kFloat32
-                 : shape.type == DataType::kHALF ? convbert::DataType::kFloat16
-                                                 : convbert::DataType::kBFloat16;
-  convbert::setContiguousStrides(params);
-  convbert::runOnCpu(params);
-  double worst = 0;
-  for (size_t i = 0; i < rows * 384; ++i) {
-    double const error = std::fabs(element(got, shape.type, i) - element(expected, shape.type, i));
-    worst = std::isfinite(error) ? std::max(worst, error) : 1e30;
-  }
-  // Both sides round float sums once: they differ by one unit in the last place at most.
-  double const limit = shape.type == DataType::kFLOAT  ? 1e-5
-                       : shape.type == DataType::kHALF ? 2.0e-3
-                                                       : 1.6e-2;
-  std::printf("     %lldx%lld type %d: largest difference %.3g, limit %.3g\n",
-              static_cast<long long>(shape.batch), static_cast<long long>(shape.seq),
-              static_cast<int>(shape.type), worst, limit);
-  check(worst <= limit, "equal to the CPU kernel");
-  if (good) {
-    float const kernel = microseconds(
-        stream, [&] { runtime->enqueue(in, out, inputs, outputs, nullptr, stream); });
-    float const copy = microseconds(stream, [&] {
-      cudaMemcpyAsync(o, v, valueBytes, cudaMemcpyDeviceToDevice, stream);
-    });
-    std::printf("     kernel %.2f us, copy of the value tensor %.2f us, copy rate reached %.0f %%\n",
-                kernel, copy, 100 * copy / kernel);
-  }
-  cudaStreamDestroy(stream);
-  cudaFree(v);
-  cudaFree(l);
-  cudaFree(o);
 }
 
 }  // namespace
+
+void check(bool condition, char const* op, char const* what) {
+  std::printf("%s %s: %s\n", condition ? "ok  " : "FAIL", op, what);
+  gFailures += condition ? 0 : 1;
+}
+
+int run(void* library) {
+  using GetCreators = IPluginCreatorInterface* const* (*)(int32_t&);
+  auto getCreators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"));
+  check(getCreators != nullptr, "library", "exports getCreators");
+  check(dlsym(library, "setLoggerFinder") != nullptr, "library", "exports setLoggerFinder");
+  if (getCreators == nullptr) {
+    return 1;
+  }
+  int devices = 0;
+  bool const onDevice = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
+  int32_t count = 0;
+  IPluginCreatorInterface* const* creators = getCreators(count);
+  check(count == static_cast<int32_t>(operators().size()), "library", "one creator an operator");
+  for (Operator const& op : operators()) {
+    IPluginCreatorV3One* creator = nullptr;
+    for (int32_t i = 0; i < count; ++i) {
+      if (!std::strcmp(creators[i]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE")) {
+        auto* candidate = static_cast<IPluginCreatorV3One*>(creators[i]);
+        creator = !std::strcmp(candidate->getPluginName(), op.name) ? candidate : creator;
+      }
+    }
+    check(creator != nullptr, op.name, "has a V3 creator");
+    if (creator != nullptr) {
+      checkOperator(creator, op, onDevice);
+    }
+  }
+  std::printf("%s; %d failures\n",
+              onDevice ? "ran on the GPU" : "no GPU here: stopped before enqueue", gFailures);
+  return gFailures == 0 ? 0 : 1;
+}
+
+}  // namespace harness
 
 int main(int argc, char** argv) {
   if (argc != 2) {
@@ -263,50 +254,5 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", dlerror());
     return 1;
   }
-  using GetCreators = IPluginCreatorInterface* const* (*)(int32_t&);
-  auto getCreators = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"));
-  check(getCreators != nullptr, "exports getCreators");
-  check(dlsym(library, "setLoggerFinder") != nullptr, "exports setLoggerFinder");
-  if (getCreators == nullptr) {
-    return 1;
-  }
-  int32_t count = 0;
-  IPluginCreatorInterface* const* creators = getCreators(count);
-  check(count == 1 && !std::strcmp(creators[0]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE"),
-        "one V3 creator");
-  auto* creator = static_cast<IPluginCreatorV3One*>(creators[0]);
-  check(!std::strcmp(creator->getPluginName(), "SpanDynamicConv") &&
-            creator->getFieldNames()->nbFields == 2,
-        "name and fields of the creator");
-  check(create(creator, 6, 8) == nullptr, "even kernel_size refused");
-  check(create(creator, 6, 17) == nullptr, "kernel_size 17 refused");
-  check(create(creator, 0, 9) == nullptr, "no heads refused");
-  check(creator->createPlugin("empty", nullptr, TensorRTPhase::kBUILD) == nullptr,
-        "missing fields refused");
-  IPluginV3* plugin = create(creator, 6, 9);
-  check(plugin != nullptr, "created");
-  if (plugin == nullptr) {
-    return 1;
-  }
-  checkBuildSide(plugin);
-  plugin = roundTrip(creator, plugin);
-  auto* runtime = capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
-  IPluginV3* context = runtime->attachToContext(nullptr);
-  check(context != nullptr && context != plugin, "attached to a context");
-
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("no GPU here: stopped before enqueue; %d failures\n", gFailures);
-  } else {
-    for (DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
-      for (auto const& [batch, seq] : {std::pair<int64_t, int64_t>{1, 7}, {1, 128}, {8, 128},
-                                       {3, 129}, {32, 512}}) {
-        runOnDevice(context, {batch, seq, type});
-      }
-    }
-    std::printf("ran on the GPU; %d failures\n", gFailures);
-  }
-  delete context;
-  delete plugin;
-  return gFailures == 0 ? 0 : 1;
+  return harness::run(library);
 }

@@ -132,10 +132,13 @@ Status* forEachRows(KernelContext const* context, int64_t rows, int64_t elements
 // An axis that is neither a number nor a name would be handed on as the number -1, and without an
 // answer ONNX Runtime knows no shape from here on (and leaves its fusions out). So it gets a name of
 // its own: one name for two axes would claim that they are equal.
-Status* sameShapeAsInput0(CustomOp const* op, ShapeInferContext* context) {
+Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context) {
   TensorInfo* input = nullptr;
+  // The type too is the input's: `op` may be the descriptor of another element type.
+  ElementType elementType = kUndefined;
   CONVBERT_RETURN_IF_STATUS(api().shapeInferGetInput(context, 0, &input));
   size_t rank = 0;
+  CONVBERT_RETURN_IF_STATUS(api().getTensorElementType(input, &elementType));
   CONVBERT_RETURN_IF_STATUS(api().getDimensionsCount(input, &rank));
   if (rank == 0 || rank > kMaxRank) {
     return nullptr;  // unknown, or refused when the kernel runs
@@ -157,7 +160,7 @@ Status* sameShapeAsInput0(CustomOp const* op, ShapeInferContext* context) {
   }
   TensorInfo* output = nullptr;
   CONVBERT_RETURN_IF_STATUS(api().createTensorInfo(&output));
-  Status* status = api().setTensorElementType(output, self(op).elementType);
+  Status* status = api().setTensorElementType(output, elementType);
   status = status != nullptr ? status : api().setDimensions(output, dims, rank);
   status = status != nullptr ? status : api().setSymbolicDimensions(output, names, rank);
   status = status != nullptr ? status : api().shapeInferSetOutput(context, 0, output);
