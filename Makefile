@@ -18,7 +18,7 @@ endif
 endif
 NATIVE_SOURCES := $(shell find CMakeLists.txt plugins -type f \( -name '*.cpp' -o -name '*.cu*' -o -name '*.h' -o -name 'CMakeLists.txt' -o -name '*.map' -o -name '*.cmake' \) 2>/dev/null)
 
-.PHONY: demo test install native gpu sanitize lint wheel clean
+.PHONY: demo test install native gpu gpu-sanitize sanitize lint wheel clean
 
 demo: install
 	$(BIN)/convbert-deploy demo
@@ -42,8 +42,17 @@ native: install
 	cmake --build build/native --parallel
 	cmake --install build/native --prefix "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 
+# with an NVIDIA GPU: its tests, the plugins through their ABI, and the kernels beside torch
+LIBRARIES = $$($(BIN)/python -c 'from convbert_deploy import plugin_library as p; print(p.tensorrt_library().parent)')
 gpu: install
-	$(BIN)/pytest -m gpu $(ARGS)
+	$(BIN)/pytest -m gpu --require GPU,CUDA $(ARGS)
+	$(LIBRARIES)/convbert_plugin_harness $(LIBRARIES)/libconvbert_trt_plugins.so
+	$(BIN)/python benchmarks/gpu_kernels.py
+
+# memory errors and races of the CUDA kernels, driven by the harness
+gpu-sanitize: install
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(LIBRARIES)/convbert_plugin_harness $(LIBRARIES)/libconvbert_trt_plugins.so || exit 1; done
 
 # the kernel tests on CPU libraries built with AddressSanitizer and UndefinedBehaviorSanitizer
 SANITIZE := -fsanitize=address,undefined
@@ -54,7 +63,8 @@ sanitize: install
 	cmake --build build/sanitize --parallel
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
-	  $(BIN)/pytest --libraries build/sanitize/plugins tests/kernels/test_span_dynamic_conv.py $(ARGS)
+	  $(BIN)/pytest --libraries build/sanitize/plugins \
+	  --deselect tests/kernels/test_mutations.py -m "not gpu" tests/kernels $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

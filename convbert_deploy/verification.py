@@ -108,8 +108,7 @@ def _library(engine: Engine) -> pathlib.Path | None:
     """Our operators, for graphs whose functions were taken out."""
     from convbert_deploy.plugin_library import ort_library
 
-    onnxruntime = engine.manifest.backend.startswith("onnxruntime")
-    return ort_library() if onnxruntime and engine.manifest.plugin_nodes else None
+    return ort_library() if engine.manifest.plugin_nodes else None
 
 
 def _intermediates(engine: Engine, options: VerifyOptions) -> Callable | None:

@@ -1,4 +1,4 @@
-// DepthwiseConv1D: one filter a channel over the rows of a channels-last tensor. Contract: README.md.
+// DepthwiseConv1D: a filter for each channel of a channels-last tensor. Contract: README.md.
 #pragma once
 
 #include <cstdint>
@@ -58,7 +58,8 @@ Status runEmulated(DepthwiseConv1dParams const& params, int32_t multiprocessors)
 #ifdef CONVBERT_WITH_CUDA
 // Enqueues one kernel; allocates nothing, waits for nothing, may be captured in a graph.
 // cudaErrorInvalidValue for whatever validate() refuses.
-cudaError_t launchDepthwiseConv1d(DepthwiseConv1dParams const& params, cudaStream_t stream) noexcept;
+cudaError_t launchDepthwiseConv1d(DepthwiseConv1dParams const& params,
+                                  cudaStream_t stream) noexcept;
 #endif
 
 }  // namespace convbert

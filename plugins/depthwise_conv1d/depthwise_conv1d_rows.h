@@ -1,10 +1,9 @@
 // The CPU kernel, written once and compiled once per instruction set (depthwise_conv1d.cpp,
 // _avx2.cpp, _avx512.cpp).
 //
-// Work goes in strips: a few vectors of adjacent channels, sliding down a run of rows with the last
-// K input rows of the strip in registers, so that each input is loaded and converted once a run. The
-// window is a ring indexed by compile-time constants: sliding costs no moves. The strip's weights,
-// converted once, lie in L1 and enter the multiplications from there.
+// Work goes in strips: two vectors of adjacent channels down a run of rows, kRowsTogether rows at a
+// time so that each input row is loaded once for all of them. The strip's weights, converted once,
+// lie in L1 and enter the multiplications from there.
 #pragma once
 
 #include "../runtime/vectors.h"
@@ -13,11 +12,12 @@
 namespace convbert {
 namespace {
 
-// Rows a strip slides down before the next strip starts: enough that the K - 1 rows loaded twice are
-// few, and few enough to stay in L2.
+// Rows a strip goes down before the next strip starts: few enough that the run stays in L2.
 constexpr int64_t kMaxRunRows = 64;
+constexpr int kStripVectors = 2;
+constexpr int kStrip = kStripVectors * kWidth;
 
-// Rows of one batch item. Row 0 is the first to compute; rows begin to end - 1 are in the sequence.
+// Rows of one batch item: `rows` to compute, from row `first` on. Pointers are at row 0.
 template <typename T>
 struct Run {
   T const* input;
@@ -25,192 +25,133 @@ struct Run {
   int64_t const* mask;
   T* output;
   int64_t outputStride;
-  int64_t begin;
-  int64_t end;
+  int64_t first;
   int64_t rows;
-
-  // Pads are not read: whatever they hold, even NaN, they count as zero.
-  bool present(int64_t row) const {
-    return row >= begin && row < end && (mask == nullptr || mask[row] != 0);
-  }
+  int64_t seq;
+  int kernelSize;
 };
 
-// kVectors * kWidth adjacent channels from `channel`; with kPart, the first `part` lanes of one vector.
-template <typename T, int K, int kVectors, bool kPart>
-struct Strip {
-  Run<T> run;
-  T const* input;  // row 0
-  T* output;
-  int part;
-  alignas(64) float weight[K][kVectors * kWidth];
+// The one size that published checkpoints have: its loops are unrolled. 0 stands for any other.
+constexpr int kUsualKernelSize = 9;
 
-  void loadElements(T const* from, Floats (&to)[kVectors]) const {
-    if constexpr (kPart) {
-      to[0] = loadPart(from, part);
-    } else {
-      for (int v = 0; v < kVectors; ++v) {
-        to[v] = load(from + v * kWidth);
-      }
+// Output rows [row, row + kRows) of kVectors * kWidth channels, or of `part` channels when kVectors
+// is 1 and part > 0. Pads are not read: whatever they hold, even NaN, they count as zero. Every sum
+// takes its taps in order, from zero: a row does not depend on the rows computed with it.
+template <typename T, int kRows, int kVectors, int kSize>
+inline void convolveRows(Run<T> const& run, int64_t channel, float const (*weight)[kStrip],
+                         int64_t row, int part) {
+  int const kernelSize = kSize > 0 ? kSize : run.kernelSize;
+  int const half = kernelSize / 2;
+  Floats sums[kRows][kVectors] = {};
+  int64_t const low = row < half ? half - row : 0;
+  int64_t const beyond = row + kRows + half - run.seq;
+  int64_t const high = kernelSize + kRows - 1 - (beyond > 0 ? beyond : 0);
+  auto addRow = [&](int64_t i) __attribute__((always_inline)) {
+    int64_t const at = row - half + i;
+    if (run.mask != nullptr && run.mask[at] == 0) {
+      return;
     }
-  }
-
-  void loadWeights(T const* from, int64_t stride) {
-    for (int k = 0; k < K; ++k) {
-      Floats loaded[kVectors];
-      loadElements(from + k * stride, loaded);
-      for (int v = 0; v < kVectors; ++v) {
-        store(&weight[k][v * kWidth], loaded[v]);
-      }
+    T const* from = run.input + at * run.inputStride + channel;
+    Floats loaded[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      loaded[v] = kVectors == 1 && part > 0 ? loadPart(from, part) : load(from + v * kWidth);
     }
-  }
-
-  void loadRow(int64_t row, Floats (&to)[kVectors]) const {
-    if (run.present(row)) {
-      loadElements(input + row * run.inputStride, to);
-    } else {
-      for (int v = 0; v < kVectors; ++v) {
-        to[v] = Floats{};
-      }
-    }
-  }
-
-  // Output rows base + kPhase to base + K - 1. Row base + j reads the slots j, j + 1, ..., j + K - 1
-  // (mod K) of the window; its newest input goes where the oldest of the row before lay. Without
-  // kChecked, all of them are to be computed, all their inputs are in the sequence and none is a pad.
-  template <int kPhase, bool kChecked>
-  __attribute__((always_inline)) void slide(Floats (&window)[K][kVectors], int64_t base) const {
-    if constexpr (kPhase < K) {
-      int64_t const row = base + kPhase;
-      if (kChecked && row >= run.rows) {
-        return;
-      }
-      constexpr int kNewest = (kPhase + K - 1) % K;
-      if constexpr (kChecked) {
-        loadRow(row + K / 2, window[kNewest]);
-      } else {
-        loadElements(input + (row + K / 2) * run.inputStride, window[kNewest]);
-      }
-      // From zero, so that every term is one fused operation: of a sum of two products the compiler
-      // may fuse either, and a row would depend on which part of the sequence it was computed with.
-      Floats sums[kVectors] = {};
-      accumulate<kPhase, 0>(window, sums);
-      if (kChecked && run.mask != nullptr && run.mask[row] == 0) {
+    for (int r = 0; r < kRows; ++r) {
+      int64_t const k = i - r;
+      if (k >= 0 && k < kernelSize) {
         for (int v = 0; v < kVectors; ++v) {
-          sums[v] = Floats{};
+          sums[r][v] += load(&weight[k][v * kWidth]) * loaded[v];
         }
       }
-      T* to = output + row * run.outputStride;
-      if constexpr (kPart) {
-        storePart(to, sums[0], part);
+    }
+  };
+  if (kSize > 0 && low == 0 && beyond <= 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSize + kRows - 1; ++i) {
+      addRow(i);
+    }
+  } else {
+    for (int64_t i = low; i < high; ++i) {
+      addRow(i);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    T* to = run.output + (row + r) * run.outputStride + channel;
+    bool const pad = run.mask != nullptr && run.mask[row + r] == 0;
+    for (int v = 0; v < kVectors; ++v) {
+      Floats const sum = pad ? Floats{} : sums[r][v];
+      if (kVectors == 1 && part > 0) {
+        storePart(to, sum, part);
       } else {
-        for (int v = 0; v < kVectors; ++v) {
-          store(to + v * kWidth, sums[v]);
-        }
-      }
-      slide<kPhase + 1, kChecked>(window, base);
-    }
-  }
-
-  template <int kPhase, int k>
-  __attribute__((always_inline)) void accumulate(Floats const (&window)[K][kVectors],
-                                                 Floats (&sums)[kVectors]) const {
-    if constexpr (k < K) {
-      for (int v = 0; v < kVectors; ++v) {
-        sums[v] += load(&weight[k][v * kWidth]) * window[(kPhase + k) % K][v];
-      }
-      accumulate<kPhase, k + 1>(window, sums);
-    }
-  }
-
-  template <int k>
-  __attribute__((always_inline)) void fill(Floats (&window)[K][kVectors]) const {
-    if constexpr (k < K - 1) {
-      loadRow(k - K / 2, window[k]);
-      fill<k + 1>(window);
-    }
-  }
-
-  void compute() const {
-    Floats window[K][kVectors];
-    fill<0>(window);
-    int64_t base = 0;
-    if (run.mask == nullptr) {
-      for (; base + K <= run.rows && base + K + K / 2 <= run.end; base += K) {
-        slide<0, false>(window, base);
+        store(to + v * kWidth, sum);
       }
     }
-    for (; base < run.rows; base += K) {
-      slide<0, true>(window, base);
-    }
   }
-};
-
-template <typename T, int K, int kVectors, bool kPart>
-void computeStrip(Run<T> const& run, T const* weight, int64_t channels, int64_t channel) {
-  Strip<T, K, kVectors, kPart> strip;
-  strip.run = run;
-  strip.input = run.input + channel;
-  strip.output = run.output + channel;
-  strip.part = static_cast<int>(channels);
-  strip.loadWeights(weight + channel, channels);
-  strip.compute();
 }
 
-template <typename T, int K>
+template <typename T, int kVectors, int kSize>
+void computeStrip(Run<T> const& run, T const* weight, int64_t channels, int64_t channel, int part) {
+  alignas(64) float floats[kMaxKernelSize][kStrip];
+  for (int k = 0; k < run.kernelSize; ++k) {
+    T const* from = weight + k * channels + channel;
+    for (int v = 0; v < kVectors; ++v) {
+      bool const partial = kVectors == 1 && part > 0;
+      store(&floats[k][v * kWidth], partial ? loadPart(from, part) : load(from + v * kWidth));
+    }
+  }
+  int64_t row = run.first;
+  int64_t const last = run.first + run.rows;
+  for (; row + kRowsTogether <= last; row += kRowsTogether) {
+    convolveRows<T, kRowsTogether, kVectors, kSize>(run, channel, floats, row, part);
+  }
+  for (; row < last; ++row) {
+    convolveRows<T, 1, kVectors, kSize>(run, channel, floats, row, part);
+  }
+}
+
+template <typename T, int kSize>
 void runRows(DepthwiseConv1dParams const& p, int64_t firstRow, int64_t lastRow) {
-  // Two vectors a strip where their windows fit the registers, of which AVX-512 has 32.
-  constexpr int kVectors = K <= (kWidth == 16 ? 9 : 5) ? 2 : 1;
   T const* weight = static_cast<T const*>(p.weight);
   for (int64_t row = firstRow; row < lastRow;) {
     int64_t const b = row / p.seq;
-    int64_t const s = row % p.seq;
     Run<T> run;
-    run.rows = p.seq - s < lastRow - row ? p.seq - s : lastRow - row;
+    run.first = row % p.seq;
+    run.rows = p.seq - run.first < lastRow - row ? p.seq - run.first : lastRow - row;
     run.rows = run.rows < kMaxRunRows ? run.rows : kMaxRunRows;
-    run.begin = -s;
-    run.end = p.seq - s;
+    run.seq = p.seq;
+    run.kernelSize = p.kernelSize;
     run.inputStride = p.inputRowStride;
     run.outputStride = p.outputRowStride;
-    run.input =
-        static_cast<T const*>(p.input) + b * p.inputBatchStride + s * p.inputRowStride;
-    run.output = static_cast<T*>(p.output) + b * p.outputBatchStride + s * p.outputRowStride;
-    run.mask = p.mask == nullptr ? nullptr : p.mask + b * p.maskBatchStride + s;
+    run.input = static_cast<T const*>(p.input) + b * p.inputBatchStride;
+    run.output = static_cast<T*>(p.output) + b * p.outputBatchStride;
+    run.mask = p.mask == nullptr ? nullptr : p.mask + b * p.maskBatchStride;
     int64_t c = 0;
-    for (; c + kVectors * kWidth <= p.channels; c += kVectors * kWidth) {
-      computeStrip<T, K, kVectors, false>(run, weight, p.channels, c);
+    for (; c + kStrip <= p.channels; c += kStrip) {
+      computeStrip<T, kStripVectors, kSize>(run, weight, p.channels, c, 0);
     }
-    if (p.channels < kWidth) {
-      computeStrip<T, K, 1, true>(run, weight, p.channels, 0);
-    } else {
-      // What is left: the last strip moves back to end with the row and computes some channels again.
-      for (; c < p.channels; c += kWidth) {
-        int64_t const last = p.channels - kWidth;
-        computeStrip<T, K, 1, false>(run, weight, p.channels, c < last ? c : last);
-      }
+    for (; c + kWidth <= p.channels; c += kWidth) {
+      computeStrip<T, 1, kSize>(run, weight, p.channels, c, 0);
+    }
+    if (c < p.channels) {
+      computeStrip<T, 1, kSize>(run, weight, p.channels, c, static_cast<int>(p.channels - c));
     }
     row += run.rows;
   }
 }
 
 template <typename T>
-void runRowsOfKernelSize(DepthwiseConv1dParams const& p, int64_t firstRow, int64_t lastRow) {
-  switch (p.kernelSize) {
-    case 1: return runRows<T, 1>(p, firstRow, lastRow);
-    case 3: return runRows<T, 3>(p, firstRow, lastRow);
-    case 5: return runRows<T, 5>(p, firstRow, lastRow);
-    case 7: return runRows<T, 7>(p, firstRow, lastRow);
-    case 9: return runRows<T, 9>(p, firstRow, lastRow);
-    case 11: return runRows<T, 11>(p, firstRow, lastRow);
-    case 13: return runRows<T, 13>(p, firstRow, lastRow);
-    default: return runRows<T, 15>(p, firstRow, lastRow);  // validate() admits no other size
+void runRowsOfSize(DepthwiseConv1dParams const& p, int64_t firstRow, int64_t lastRow) {
+  if (p.kernelSize == kUsualKernelSize) {
+    return runRows<T, kUsualKernelSize>(p, firstRow, lastRow);
   }
+  return runRows<T, 0>(p, firstRow, lastRow);
 }
 
 inline void runRowsOfType(DepthwiseConv1dParams const& p, int64_t firstRow, int64_t lastRow) {
   switch (p.dtype) {
-    case DataType::kFloat32: return runRowsOfKernelSize<float>(p, firstRow, lastRow);
-    case DataType::kFloat16: return runRowsOfKernelSize<Float16>(p, firstRow, lastRow);
-    case DataType::kBFloat16: return runRowsOfKernelSize<BFloat16>(p, firstRow, lastRow);
+    case DataType::kFloat32: return runRowsOfSize<float>(p, firstRow, lastRow);
+    case DataType::kFloat16: return runRowsOfSize<Float16>(p, firstRow, lastRow);
+    case DataType::kBFloat16: return runRowsOfSize<BFloat16>(p, firstRow, lastRow);
   }
 }
 

@@ -4,10 +4,10 @@
 namespace convbert {
 namespace {
 
-template <typename T, int K, int kVec>
-__global__ void __launch_bounds__(kMaxThreads)
-    fusedSpanDynamicConvKernel(__grid_constant__ FusedSpanDynamicConvPlan const plan) {
-  extern __shared__ __align__(128) unsigned char shared[];
+// Not inlined: it is the same for every K, and by far the larger part of the code.
+template <typename T>
+__device__ __noinline__ void generateLogits(FusedSpanDynamicConvPlan const& plan,
+                                            unsigned char* shared) {
   int32_t const thread = static_cast<int32_t>(threadIdx.x);
   int64_t const channels = int64_t(plan.conv.params.numHeads) * plan.conv.params.headDim;
   typename TileOf<T>::Type tiles[kMaxTilesPerWarp];
@@ -21,6 +21,14 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   stageLogits(plan, thread, shared, tiles);
   __syncthreads();
+}
+
+template <typename T, int K, int kVec>
+__global__ void __launch_bounds__(kMaxThreads)
+    fusedSpanDynamicConvKernel(__grid_constant__ FusedSpanDynamicConvPlan const plan) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  int32_t const thread = static_cast<int32_t>(threadIdx.x);
+  generateLogits<T>(plan, shared);
   stageSoftmax<T, K>(plan, blockIdx.x, thread, shared);
   __syncthreads();
   stageWindow<T, K, kVec>(plan.conv, blockIdx.x, thread, reinterpret_cast<float*>(shared));

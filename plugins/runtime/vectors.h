@@ -98,6 +98,18 @@ inline void store(BFloat16* to, Floats values) {
   rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#elif defined(__AVX2__)
+  __m256i const bits = (__m256i)values;
+  __m256i const odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i const up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  __m256i const quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  __m256 const nan = _mm256_cmp_ps((__m256)values, (__m256)values, _CMP_UNORD_Q);
+  __m256i const rounded = (__m256i)_mm256_blendv_ps((__m256)_mm256_add_epi32(bits, up),
+                                                    (__m256)quiet, nan);
+  __m256i const upper = _mm256_srli_epi32(rounded, 16);
+  // packus works within halves of 128 bits: the middle two quarters are its doubles.
+  __m256i const packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 #else
   storeElements(to, values);
 #endif

@@ -12,6 +12,8 @@ from convbert_deploy import plugin_library
 
 from kernels.cases import library_or_skip
 
+OPERATORS = ("SpanDynamicConv", "DepthwiseConv1D", "FusedSpanDynamicConv")
+
 
 def run_harness(library) -> str:
     harness = library_or_skip(plugin_library.plugin_harness)
@@ -25,7 +27,9 @@ def run_harness(library) -> str:
 
 def test_harness_walks_the_plugin(tensorrt_library) -> None:
     output = run_harness(tensorrt_library)
-    assert len(re.findall(r"^ok ", output, re.MULTILINE)) >= 30
+    assert len(re.findall(r"^ok ", output, re.MULTILINE)) >= 200
+    for operator in OPERATORS:
+        assert f"{operator}: a clone keeps its mask" in output
     for message in ("kernel_size is 8", "num_heads is 0", "385 channels do not divide"):
         assert message in output, f"no logged message: {message}"
 
@@ -48,6 +52,7 @@ _RTX = """
 import sys, numpy as np, tensorrt_rtx as trt
 registry = trt.get_plugin_registry()
 assert registry.load_library(sys.argv[1]) is not None
+assert all(registry.get_creator(name, "1", "") is not None for name in sys.argv[2:])
 creator = registry.get_creator("SpanDynamicConv", "1", "")
 int32 = trt.PluginFieldType.INT32
 def create(heads, taps):
@@ -68,7 +73,7 @@ def test_loads_in_tensorrt_rtx(tensorrt_library) -> None:
     """In its own process: TensorRT-RTX aborts rather than raises when something is wrong."""
     pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
     done = subprocess.run(
-        [sys.executable, "-c", _RTX, str(tensorrt_library)],
+        [sys.executable, "-c", _RTX, str(tensorrt_library), *OPERATORS],
         capture_output=True,
         text=True,
         timeout=120,

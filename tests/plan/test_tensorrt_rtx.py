@@ -35,25 +35,40 @@ def library() -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def graphs():
-    """Serialized graphs by (size, task, precision), traced once."""
+    """Serialized graphs by (size, task, precision, padding), traced once; ``ours`` as build-engine
+    makes them for our kernels."""
+    from convbert_deploy.build import for_our_kernels
     from convbert_deploy.calibration.typed import typed_graph
     from convbert_deploy.exporting import traced_graph
 
-    traced: dict[tuple[str, Task], object] = {}
+    traced: dict[tuple[str, Task, str], object] = {}
 
-    def graph(size: str, precision: Precision, task: Task = Task.SEQUENCE_CLASSIFICATION) -> bytes:
-        if (size, task) not in traced:
+    def graph(
+        size: str,
+        precision: Precision,
+        task: Task = Task.SEQUENCE_CLASSIFICATION,
+        *,
+        padding: str = "hf",
+        ours: bool = True,
+    ) -> bytes:
+        key = size, task, padding
+        if key not in traced:
             model = factories.realistic_model(size, task, layers=2)
-            traced[size, task] = traced_graph(model, task)
-        return typed_graph(traced[size, task], precision).SerializeToString()
+            traced[key] = traced_graph(model, task, padding)
+        typed = typed_graph(traced[key], precision)
+        return (for_our_kernels(typed) if ours else typed).SerializeToString()
 
     return graph
 
 
-def _with(library: pathlib.Path, layers: int = 2, **changes) -> PlanOptions:
+#: FusedSpanDynamicConv and DepthwiseConv1D in each of two layers
+NODES = 4
+
+
+def _with(library: pathlib.Path, nodes: int = NODES, **changes) -> PlanOptions:
     return PlanOptions(
         plugin_library=library,
-        expected_plugin_layers=layers,
+        expected_plugin_layers=nodes,
         compute_capabilities=("SM89",),
         **changes,
     )
@@ -62,25 +77,35 @@ def _with(library: pathlib.Path, layers: int = 2, **changes) -> PlanOptions:
 WITHOUT = PlanOptions(compute_capabilities=("SM89",))
 
 
+@pytest.mark.parametrize("padding", ["hf", "masked"])
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
-def test_half_plan_has_plugin_layers_and_fused_attention(graphs, library, precision) -> None:
-    graph = graphs("base", precision)
-    with_plugin = build_plan(graph, PROFILE, _with(library)).facts
-    without = build_plan(graph, PROFILE, WITHOUT).facts
+def test_half_plan_has_plugin_layers_and_fused_attention(
+    graphs, library, precision, padding
+) -> None:
+    """Two layers of the encoder: 41 kernels and 312 MB as transformers exports it (TensorRT-RTX
+    1.7.1), 29 and 239 MB as we do without plugins (31 masked)."""
+    kind = {"task": Task.ENCODER, "padding": padding}
+    ours = build_plan(graphs("base", precision, **kind), PROFILE, _with(library)).facts
+    without = build_plan(graphs("base", precision, **kind, ours=False), PROFILE, WITHOUT).facts
 
-    assert with_plugin.plugin_layers == with_plugin.kernels["custom_layer"] == 2
-    assert without.plugin_layers == 0
-    assert "custom_layer" not in without.kernels
-    assert with_plugin.fused_attention == without.fused_attention == 2
-    # 33 each on 1.7.1: TensorRT makes one kernel of the sliced function too; scratch is what falls
-    assert with_plugin.kernel_count <= without.kernel_count <= 33
-    assert with_plugin.scratch_bytes < without.scratch_bytes < 260e6
-    assert with_plugin.network_layers < without.network_layers
+    assert ours.plugin_layers == ours.kernels["custom_layer"] == NODES
+    assert (without.plugin_layers, "custom_layer" in without.kernels) == (0, False)
+    assert ours.fused_attention == without.fused_attention == 2
+    assert ours.kernel_count <= 26 < without.kernel_count <= 31
+    assert "correlation" not in ours.kernels, "the depthwise convolution is ours"
+    assert ours.scratch_bytes < 205e6 < without.scratch_bytes < 245e6
+    assert ours.network_layers < without.network_layers
 
 
 def test_fp32_plan_builds_with_plugin_and_unfused_attention(graphs, library) -> None:
     facts = build_plan(graphs("base", Precision.FP32), PROFILE, _with(library)).facts
-    assert (facts.plugin_layers, facts.fused_attention) == (2, 0)
+    assert (facts.plugin_layers, facts.fused_attention) == (NODES, 0)
+
+
+def test_unfused_operators_build_too(graphs, library) -> None:
+    graph = graphs("tiny", Precision.FP16, ours=False)
+    facts = build_plan(graph, SMALL, _with(library)).facts
+    assert facts.plugin_layers == NODES, "SpanDynamicConv, not inlined, and DepthwiseConv1D"
 
 
 def test_two_builds_hold_the_same(graphs, library) -> None:
@@ -95,7 +120,7 @@ from convbert_deploy.backends.tensorrt_plan import PlanOptions, build_plan
 from convbert_deploy.shapes import ShapeProfile
 options = PlanOptions(
     plugin_library=pathlib.Path(sys.argv[2]),
-    expected_plugin_layers=2,
+    expected_plugin_layers=4,
     compute_capabilities=("SM89",),
 )
 plan = build_plan(pathlib.Path(sys.argv[1]), ShapeProfile.parse(sys.argv[3]), options)
@@ -131,7 +156,7 @@ def test_plan_for_several_targets_and_all(graphs, library) -> None:
     graph = graphs("tiny", Precision.FP16)
     for targets in (("SM86", "SM89", "SM120"), ()):
         options = PlanOptions(
-            plugin_library=library, expected_plugin_layers=2, compute_capabilities=targets
+            plugin_library=library, expected_plugin_layers=NODES, compute_capabilities=targets
         )
         assert build_plan(graph, SMALL, options).facts.fused_attention == 2
 
@@ -145,12 +170,12 @@ def test_embedded_plugin_makes_the_plan_larger(graphs, library) -> None:
 
 def test_multiple_choice_has_three_axes(graphs, library) -> None:
     graph = graphs("tiny", Precision.FP16, Task.MULTIPLE_CHOICE)
-    assert build_plan(graph, SMALL, _with(library)).facts.plugin_layers == 2
+    assert build_plan(graph, SMALL, _with(library)).facts.plugin_layers == NODES
 
 
 def test_wrong_number_of_plugin_layers_is_an_error(graphs, library) -> None:
-    with pytest.raises(PluginError, match="2 layers run as our plugin, expected 3"):
-        build_plan(graphs("tiny", Precision.FP16), SMALL, _with(library, layers=3))
+    with pytest.raises(PluginError, match="4 layers run as our plugin, expected 3"):
+        build_plan(graphs("tiny", Precision.FP16), SMALL, _with(library, nodes=3))
 
 
 def test_missing_or_foreign_library_is_an_error(graphs, tmp_path) -> None:
@@ -164,7 +189,7 @@ def test_missing_or_foreign_library_is_an_error(graphs, tmp_path) -> None:
 
 
 def test_unknown_target_and_damaged_graph_are_errors(graphs) -> None:
-    graph = graphs("tiny", Precision.FP16)
+    graph = graphs("tiny", Precision.FP16, ours=False)
     with pytest.raises(EngineError, match="cannot build for SM90, expected any of SM120"):
         build_plan(graph, SMALL, PlanOptions(compute_capabilities=("SM90",)))
     import onnx
@@ -178,7 +203,7 @@ def test_unknown_target_and_damaged_graph_are_errors(graphs) -> None:
 def test_unnamed_axis_is_an_error(graphs) -> None:
     import onnx
 
-    model = onnx.load_from_string(graphs("tiny", Precision.FP16))
+    model = onnx.load_from_string(graphs("tiny", Precision.FP16, ours=False))
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "length"
     with pytest.raises(ShapeError, match="axis 'length', expected one of batch, choices, seq"):
         build_plan(model.SerializeToString(), SMALL, WITHOUT)

@@ -16,6 +16,8 @@ from convbert_deploy.precision import Precision
 from convbert_deploy.shapes import ShapeProfile, ShapeRange
 from convbert_deploy.verification import VerifyOptions, check_chain, verify
 
+import factories
+
 ORT = "onnxruntime"
 
 
@@ -35,7 +37,7 @@ def test_manifest_tells_everything(engine, classifier, classifier_graph):
     manifest = engine.manifest
     assert manifest.backend == "onnxruntime-cpu"
     assert manifest.chain == (classifier.origin(), classifier_graph.origin())
-    assert manifest.plugin_nodes == 2
+    assert manifest.plugin_nodes == 4
     assert manifest.padding == "hf"
     assert manifest.profile.seq == ShapeRange(1, 32, 128), "cut to the model's 128 positions"
     assert manifest.golden_max_abs < 1e-5
@@ -48,7 +50,9 @@ def test_our_kernel_runs_not_the_inlined_function(engine):
 
     model = onnx.load(engine.path / "model.onnx")
     assert not model.functions
-    assert len(nodes_of(model)) == 2
+    kinds = [node.op_type for node in nodes_of(model)]
+    assert kinds == ["DepthwiseConv1D", "FusedSpanDynamicConv"] * 2
+    assert engine.manifest.plugin_nodes == len(kinds)
 
 
 def test_no_plugin_is_explicit(classifier_graph, tmp_path):
@@ -85,16 +89,14 @@ def test_verify_refuses_another_checkpoint(engine, save_checkpoint):
         check_chain(engine, save_checkpoint(seed=7))
 
 
-def test_verify_fails_for_a_wrong_model(engine, classifier, copy):
+def test_verify_fails_for_a_wrong_model(classifier, classifier_graph, copy):
     """A bundle whose graph was swapped for one with reversed taps, hashes made to fit."""
     import onnx
 
     from convbert_deploy.provenance import sha256_of_file
 
-    import factories
-
-    model = onnx.load(copy / "model.onnx")
-    onnx.save(factories.sabotage_onnx(model, "reversed-taps"), copy / "model.onnx")
+    wrong = factories.sabotage_onnx(classifier_graph.model, "reversed-taps")
+    onnx.save(for_our_kernels(wrong), copy / "model.onnx")
     manifest = json.loads((copy / MANIFEST).read_text())
     manifest["files"]["model.onnx"] = sha256_of_file(copy / "model.onnx")
     (copy / MANIFEST).write_text(json.dumps(manifest))
@@ -192,13 +194,25 @@ def test_bundles_that_cannot_be_used(copy, tmp_path):
         Engine.load(copy)
 
 
-def test_a_wrong_engine_is_not_written(classifier_graph, tmp_path, monkeypatch):
-    import factories
+def _value_of_the_attention(model):
+    """The fused operator reads another part of the projections than the convolution's value."""
+    wrong = for_our_kernels(model)
+    for node in nodes_of(wrong, "FusedSpanDynamicConv"):
+        offset = next(a for a in node.attribute if a.name == "value_offset")
+        offset.i = offset.i // 3 * 2
+    return wrong
 
-    monkeypatch.setattr(
-        "convbert_deploy.build.for_our_kernels",
-        lambda model: factories.sabotage_onnx(for_our_kernels(model), "shift-by-one"),
-    )
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda model: for_our_kernels(factories.sabotage_onnx(model, "shift-by-one")),
+        _value_of_the_attention,
+    ],
+    ids=["shift-by-one", "another value"],
+)
+def test_a_wrong_engine_is_not_written(classifier_graph, tmp_path, monkeypatch, wrong):
+    monkeypatch.setattr("convbert_deploy.build.for_our_kernels", wrong)
     with pytest.raises(EngineError, match="golden request wrongly"):
         build_engine(classifier_graph, tmp_path / "w.engine", BuildOptions(backend=ORT))
     assert not list(tmp_path.iterdir())
