@@ -38,23 +38,47 @@ inline void softmaxColumns(float (*taps)[kMaxGroups], int kernelSize, int groups
   }
 }
 
-// kVectors * kWidth channels (or `part` channels when kVectors is 1 and part > 0) of kRows adjacent
-// output rows. Row r uses the taps of column group + r * groupStep. Value rows kLow to
-// kHigh - 1 of the window exist; the window of the first row starts at `value`, and at `mask` where
-// there is one. A pad is not read: whatever it holds, even NaN, it counts as zero.
-template <typename T, int kRows, int kVectors>
-inline void windowedSum(T const* value, int64_t valueStride, int64_t const* mask, T* output,
-                        int64_t outputStride, float (*taps)[kMaxGroups], int group, int groupStep,
-                        int kernelSize, int kLow, int kHigh, int part) {
+// One head of some adjacent output rows, from the first channel of the head on. Row r uses the taps of
+// column group + r * groupStep. Value rows low to high - 1 of the window exist; the window of the
+// first row starts at `value`, and at `mask` where there is one.
+template <typename T>
+struct Window {
+  T const* value;
+  int64_t valueStride;
+  int64_t const* mask;
+  T* output;
+  int64_t outputStride;
+  float (*taps)[kMaxGroups];
+  int group;
+  int groupStep;
+  int kernelSize;
+  int low;
+  int high;
+};
+
+// The one size that published checkpoints have: its loops are unrolled. 0 stands for any other, and
+// for all with 16 registers, where unrolling costs more in spills than it saves.
+constexpr int kUsualKernelSize = 9;
+constexpr int kUnrolledSize = kWidth == 16 ? kUsualKernelSize : 0;
+
+// kVectors * kWidth channels from `channel` (or `part` channels when kVectors is 1 and part > 0) of
+// kRows rows. A pad is not read: whatever it holds, even NaN, it counts as zero. Every sum takes its
+// taps in order, from zero: a row does not depend on the rows computed with it.
+template <typename T, int kRows, int kSize, int kVectors>
+inline void windowedSum(Window<T> const& window, int channel, int part) {
+  int const kernelSize = kSize > 0 ? kSize : window.kernelSize;
+  bool const partial = kVectors == 1 && part > 0;
+  float(*const taps)[kMaxGroups] = window.taps;
+  int const group = window.group;
+  int const groupStep = window.groupStep;
+  T const* const value = window.value + channel;
+  int64_t const valueStride = window.valueStride;
   Floats sums[kRows][kVectors] = {};
-  for (int i = kLow; i < kHigh; ++i) {
-    if (mask != nullptr && mask[i] == 0) {
-      continue;
-    }
+  auto addRow = [&](int i) __attribute__((always_inline)) {
     T const* row = value + i * valueStride;
     Floats loaded[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      loaded[v] = part > 0 ? loadPart(row, part) : load(row + v * kWidth);
+      loaded[v] = partial ? loadPart(row, part) : load(row + v * kWidth);
     }
     for (int r = 0; r < kRows; ++r) {
       int const k = i - r;
@@ -65,40 +89,47 @@ inline void windowedSum(T const* value, int64_t valueStride, int64_t const* mask
         }
       }
     }
+  };
+  if (kSize > 0 && window.mask == nullptr && window.low == 0 &&
+      window.high == kSize + kRows - 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSize + kRows - 1; ++i) {
+      addRow(i);
+    }
+  } else {
+    for (int i = window.low; i < window.high; ++i) {
+      if (window.mask == nullptr || window.mask[i] != 0) {
+        addRow(i);
+      }
+    }
   }
   for (int r = 0; r < kRows; ++r) {
+    T* to = window.output + r * window.outputStride + channel;
     for (int v = 0; v < kVectors; ++v) {
-      T* to = output + r * outputStride + v * kWidth;
-      if (part > 0) {
+      if (partial) {
         storePart(to, sums[r][v], part);
       } else {
-        store(to, sums[r][v]);
+        store(to + v * kWidth, sums[r][v]);
       }
     }
   }
 }
 
-template <typename T, int kRows>
-inline void windowedSumOfHead(T const* value, int64_t valueStride, int64_t const* mask, T* output,
-                              int64_t outputStride, float (*taps)[kMaxGroups], int group,
-                              int groupStep, int kernelSize, int kLow, int kHigh, int headDim) {
+template <typename T, int kRows, int kSize>
+inline void windowedSumOfHead(Window<T> const& window, int headDim) {
   int d = 0;
   for (; d + 4 * kWidth <= headDim; d += 4 * kWidth) {
-    windowedSum<T, kRows, 4>(value + d, valueStride, mask, output + d, outputStride, taps, group,
-                             groupStep, kernelSize, kLow, kHigh, 0);
+    windowedSum<T, kRows, kSize, 4>(window, d, 0);
   }
   if (d + 3 * kWidth <= headDim) {  // head dim 48 is one piece
-    windowedSum<T, kRows, 3>(value + d, valueStride, mask, output + d, outputStride, taps, group,
-                             groupStep, kernelSize, kLow, kHigh, 0);
+    windowedSum<T, kRows, kSize, 3>(window, d, 0);
     d += 3 * kWidth;
   }
   for (; d + kWidth <= headDim; d += kWidth) {
-    windowedSum<T, kRows, 1>(value + d, valueStride, mask, output + d, outputStride, taps, group,
-                             groupStep, kernelSize, kLow, kHigh, 0);
+    windowedSum<T, kRows, kSize, 1>(window, d, 0);
   }
   if (d < headDim) {
-    windowedSum<T, kRows, 1>(value + d, valueStride, mask, output + d, outputStride, taps, group,
-                             groupStep, kernelSize, kLow, kHigh, headDim - d);
+    windowedSum<T, kRows, kSize, 1>(window, d, headDim - d);
   }
 }
 
@@ -121,11 +152,11 @@ struct LogitsOfTensor {
   }
 };
 
-template <typename T, typename LogitsSource>
-void runRows(SpanDynamicConvParams const& p, LogitsSource const& source, int64_t firstRow,
-             int64_t lastRow) {
+template <typename T, int kSize, typename LogitsSource>
+void runRowsOfSize(SpanDynamicConvParams const& p, LogitsSource const& source, int64_t firstRow,
+                   int64_t lastRow) {
   alignas(64) float taps[kMaxKernelSize][kMaxGroups];
-  int const kernelSize = p.kernelSize;
+  int const kernelSize = kSize > 0 ? kSize : p.kernelSize;
   int const half = kernelSize / 2;
   // Heads beyond kMaxGroups are taken in slices; rows as many as fit.
   int const headSlice = p.numHeads < kMaxGroups ? p.numHeads : kMaxGroups;
@@ -152,26 +183,28 @@ void runRows(SpanDynamicConvParams const& p, LogitsSource const& source, int64_t
       softmaxColumns(taps, kernelSize, padded);
       for (int64_t i = 0; i < rows;) {
         int64_t const s = s0 + i;
-        bool const inside = s >= half && s + kRowsTogether - 1 + half < p.seq;
-        bool const together = inside && i + kRowsTogether <= rows;
+        bool const together = i + kRowsTogether <= rows;
         int const produced = together ? kRowsTogether : 1;
-        int64_t const before = half - s;           // taps that fall before the sequence
-        int64_t const after = s + half + 1 - p.seq;  // and after it
-        int const kLow = before > 0 ? static_cast<int>(before) : 0;
-        int const kHigh = kernelSize - (after > 0 ? static_cast<int>(after) : 0);
-        int64_t const* window = mask == nullptr ? nullptr : mask + s - half;
+        int64_t const before = half - s;                   // window rows before the sequence
+        int64_t const after = s + produced + half - p.seq;  // and after it
+        Window<T> window{};
+        window.valueStride = p.valueRowStride;
+        window.mask = mask == nullptr ? nullptr : mask + s - half;
+        window.outputStride = p.outputRowStride;
+        window.taps = taps;
+        window.groupStep = heads;
+        window.kernelSize = kernelSize;
+        window.low = before > 0 ? static_cast<int>(before) : 0;
+        window.high = kernelSize + produced - 1 - (after > 0 ? static_cast<int>(after) : 0);
         for (int h = 0; h < heads; ++h) {
           int64_t const channel = int64_t(h0 + h) * p.headDim;
-          T const* from = value + (s - half) * p.valueRowStride + channel;
-          T* to = output + s * p.outputRowStride + channel;
-          int const group = static_cast<int>(i) * heads + h;
+          window.value = value + (s - half) * p.valueRowStride + channel;
+          window.output = output + s * p.outputRowStride + channel;
+          window.group = static_cast<int>(i) * heads + h;
           if (together) {
-            windowedSumOfHead<T, kRowsTogether>(from, p.valueRowStride, window, to,
-                                                p.outputRowStride, taps, group, heads, kernelSize,
-                                                0, kernelSize + kRowsTogether - 1, p.headDim);
+            windowedSumOfHead<T, kRowsTogether, kSize>(window, p.headDim);
           } else {
-            windowedSumOfHead<T, 1>(from, p.valueRowStride, window, to, p.outputRowStride, taps,
-                                    group, heads, kernelSize, kLow, kHigh, p.headDim);
+            windowedSumOfHead<T, 1, kSize>(window, p.headDim);
           }
         }
         for (int r = 0; mask != nullptr && r < produced; ++r) {
@@ -185,6 +218,15 @@ void runRows(SpanDynamicConvParams const& p, LogitsSource const& source, int64_t
     }
     row += rows;
   }
+}
+
+template <typename T, typename LogitsSource>
+void runRows(SpanDynamicConvParams const& p, LogitsSource const& source, int64_t firstRow,
+             int64_t lastRow) {
+  if (p.kernelSize == kUsualKernelSize) {
+    return runRowsOfSize<T, kUnrolledSize>(p, source, firstRow, lastRow);
+  }
+  return runRowsOfSize<T, 0>(p, source, firstRow, lastRow);
 }
 
 inline void runRowsOfType(SpanDynamicConvParams const& params, int64_t firstRow, int64_t lastRow) {

@@ -42,8 +42,8 @@ FLAGS = ["-O1", "-std=c++17", "-fPIC", "-w"]
 
 CPU_MUTATIONS = {
     "middle tap dropped": (
-        "broadcast(taps[k][group + r * groupStep])",
-        "broadcast(k == kernelSize / 2 ? 0.0f : taps[k][group + r * groupStep])",
+        "broadcast(taps[k][group",
+        "broadcast(k == kernelSize / 2 ? 0.0f : taps[k][group",
     ),
     "left edge: row -1 read": (
         "before > 0 ? static_cast<int>(before) : 0",
@@ -61,7 +61,7 @@ CPU_MUTATIONS = {
         "after > 0 ? static_cast<int>(after) : 0",
         "after > 0 ? static_cast<int>(after) + 1 : 0",
     ),
-    "mask ignored for values": ("mask != nullptr && mask[i] == 0", "false"),
+    "mask ignored for values": ("window.mask == nullptr || window.mask[i] != 0", "true"),
     "mask of the wrong rows": ("mask + s - half", "mask + s"),
     "mask of the first sequence for all": ("b * p.maskBatchStride", "0 * p.maskBatchStride"),
     "pad rows not zeroed": ("mask[s + r] == 0", "false"),
@@ -69,7 +69,7 @@ CPU_MUTATIONS = {
         "value + (s - half) * p.valueRowStride",
         "value + (s0 - half) * p.valueRowStride",
     ),
-    "rows together past the left edge": ("s >= half &&", "s >= half - 1 &&"),
+    "rows together past the block": ("i + kRowsTogether <= rows", "i + 1 <= rows"),
     "softmax without the maximum": ("load(&taps[k][g]) - top", "load(&taps[k][g])"),
     "weights of the wrong head": (
         "from[h * p.kernelSize + k]",

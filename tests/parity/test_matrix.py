@@ -1,4 +1,4 @@
-"""Stock ONNX Runtime and the fused engine against eager, over sizes, heads and shapes.
+"""Stock ONNX Runtime and our kernels against eager, over sizes, heads and shapes.
 
 Two layers of each size keep this quick; ``benchmarks/parity_matrix.py`` runs all twelve.
 """
@@ -48,9 +48,13 @@ def cases(model, task):
 
 
 def candidates(graph):
+    def ours(backend):
+        return OnnxRuntimeRunner.from_model(for_our_kernels(graph, backend), library=ort_library())
+
     return {
         "stock": OnnxRuntimeRunner.from_model(graph),
-        "fused": OnnxRuntimeRunner.from_model(for_our_kernels(graph), library=ort_library()),
+        "as built for CPUs": ours("onnxruntime-cpu"),
+        "as built for GPUs": ours("onnxruntime-cuda"),  # the CPU runs it, too
     }
 
 

@@ -56,7 +56,7 @@ def graphs():
             model = factories.realistic_model(size, task, layers=2)
             traced[key] = traced_graph(model, task, padding)
         typed = typed_graph(traced[key], precision)
-        return (for_our_kernels(typed) if ours else typed).SerializeToString()
+        return (for_our_kernels(typed, "tensorrt-rtx") if ours else typed).SerializeToString()
 
     return graph
 

@@ -51,7 +51,7 @@ def test_our_kernel_runs_not_the_inlined_function(engine):
     model = onnx.load(engine.path / "model.onnx")
     assert not model.functions
     kinds = [node.op_type for node in nodes_of(model)]
-    assert kinds == ["DepthwiseConv1D", "FusedSpanDynamicConv"] * 2
+    assert kinds == ["DepthwiseConv1D", "SpanDynamicConv"] * 2
     assert engine.manifest.plugin_nodes == len(kinds)
 
 
@@ -96,7 +96,7 @@ def test_verify_fails_for_a_wrong_model(classifier, classifier_graph, copy):
     from convbert_deploy.provenance import sha256_of_file
 
     wrong = factories.sabotage_onnx(classifier_graph.model, "reversed-taps")
-    onnx.save(for_our_kernels(wrong), copy / "model.onnx")
+    onnx.save(for_our_kernels(wrong, "onnxruntime-cpu"), copy / "model.onnx")
     manifest = json.loads((copy / MANIFEST).read_text())
     manifest["files"]["model.onnx"] = sha256_of_file(copy / "model.onnx")
     (copy / MANIFEST).write_text(json.dumps(manifest))
@@ -194,9 +194,9 @@ def test_bundles_that_cannot_be_used(copy, tmp_path):
         Engine.load(copy)
 
 
-def _value_of_the_attention(model):
+def _value_of_the_attention(model, backend):
     """The fused operator reads another part of the projections than the convolution's value."""
-    wrong = for_our_kernels(model)
+    wrong = for_our_kernels(model, "onnxruntime-cuda")
     for node in nodes_of(wrong, "FusedSpanDynamicConv"):
         offset = next(a for a in node.attribute if a.name == "value_offset")
         offset.i = offset.i // 3 * 2
@@ -206,7 +206,9 @@ def _value_of_the_attention(model):
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda model: for_our_kernels(factories.sabotage_onnx(model, "shift-by-one")),
+        lambda model, backend: for_our_kernels(
+            factories.sabotage_onnx(model, "shift-by-one"), backend
+        ),
         _value_of_the_attention,
     ],
     ids=["shift-by-one", "another value"],
