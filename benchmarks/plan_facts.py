@@ -1,6 +1,8 @@
-"""What TensorRT for RTX makes of ConvBERT-base: kernels, fusion, scratch, with and without the plugin.
+"""What TensorRT for RTX makes of ConvBERT-base: kernels, fusion, scratch.
 
-No GPU is needed. ``python benchmarks/plan_facts.py --markdown benchmarks/results/FILE.md``.
+No GPU is needed. ``python benchmarks/plan_facts.py --markdown benchmarks/results/FILE.md``. Compared:
+the encoder as torch exports transformers' own modules, ours without and with the plugins; and one
+feed-forward block alone, whose scratch is a floor for any encoder built from separate products.
 Equal digests need a fixed heap layout: TensorRT-RTX 1.7 names tensors by address, so each digest is
 taken in a new process under ``setarch -R``.
 """
@@ -14,61 +16,156 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from convbert_deploy.architecture import Task
 from convbert_deploy.backends.tensorrt_plan import Plan, PlanOptions, build_plan
+from convbert_deploy.build import for_our_kernels
+from convbert_deploy.calibration import typed_graph
 from convbert_deploy.environment import benchmark_header, environment
+from convbert_deploy.exporting import OPSET, traced_graph
 from convbert_deploy.operators import nodes_of
 from convbert_deploy.plugin_library import tensorrt_library
 from convbert_deploy.precision import Precision
 from convbert_deploy.report_table import markdown_table
 from convbert_deploy.shapes import ShapeProfile
 
+import factories
+
 PROFILE = ShapeProfile.parse("batch=1:8:32,seq=16:128:512")
 TARGET = "SM89"
+HIDDEN, INTERMEDIATE = 768, 3072
 
 
-def graph(layers: int, precision: Precision) -> bytes:
-    from convbert_deploy.architecture import Task
-    from convbert_deploy.calibration import typed_graph
-    from convbert_deploy.exporting import traced_graph
-
-    import factories
-
-    task = Task.SEQUENCE_CLASSIFICATION
-    model = traced_graph(factories.realistic_model("base", task, layers=layers), task)
-    return typed_graph(model, precision).SerializeToString()
+def ours(layers: int, precision: Precision, *, padding: str = "hf", plugin: bool = True) -> bytes:
+    model = factories.realistic_model("base", Task.ENCODER, layers=layers)
+    graph = typed_graph(traced_graph(model, Task.ENCODER, padding), precision)
+    if plugin:
+        graph = for_our_kernels(graph, "tensorrt-rtx")
+    return graph.SerializeToString()
 
 
-def build(model: bytes, layers: int, *, plugin: bool) -> Plan:
+def transformers_export(layers: int) -> bytes:
+    """fp16, by torch.onnx.export, nothing changed."""
+    import torch
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = factories.realistic_model("base", Task.ENCODER, layers=layers).half()
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            outputs = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+            )
+            return outputs.last_hidden_state
+
+    example = tuple(torch.ones(2, 17, dtype=torch.int64) for _ in range(3))
+    axes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("seq", min=2, max=512)}
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            Encoder().eval(),
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["input_ids", "attention_mask", "token_type_ids"],
+            output_names=["hidden"],
+            dynamic_shapes=(axes,) * 3,
+            verbose=False,
+        )
+        program.save(f"{folder}/model.onnx")
+        return onnx.load(f"{folder}/model.onnx").SerializeToString()
+
+
+def feed_forward() -> bytes:
+    """One residual feed-forward block, fp16."""
+    random = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> onnx.TensorProto:
+        values = random.standard_normal(shape) * 0.02
+        return numpy_helper.from_array(values.astype(np.float16), name)
+
+    nodes = [
+        helper.make_node("Relu", ["input"], ["x"]),  # so that x is scratch, as between layers
+        helper.make_node("MatMul", ["x", "w1"], ["a"]),
+        helper.make_node("Add", ["a", "b1"], ["b"]),
+        helper.make_node("Gelu", ["b"], ["c"]),
+        helper.make_node("MatMul", ["c", "w2"], ["d"]),
+        helper.make_node("Add", ["d", "x"], ["e"]),
+        helper.make_node("Cast", ["e"], ["output"], to=onnx.TensorProto.FLOAT),
+    ]
+    half, full = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    axes = ["batch", "seq", HIDDEN]
+    graph = helper.make_graph(
+        nodes,
+        "feed_forward",
+        [helper.make_tensor_value_info("input", half, axes)],
+        [helper.make_tensor_value_info("output", full, axes)],
+        [
+            weight("w1", HIDDEN, INTERMEDIATE),
+            weight("b1", INTERMEDIATE),
+            weight("w2", INTERMEDIATE, HIDDEN),
+        ],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def build(model: bytes) -> Plan:
+    """With the plugins if the graph has lost its functions, else without."""
+    loaded = onnx.load_from_string(model)
+    nodes = len(nodes_of(loaded)) if not loaded.functions else 0
     return build_plan(
         model,
         PROFILE,
         PlanOptions(
-            plugin_library=tensorrt_library() if plugin else None,
+            plugin_library=tensorrt_library() if nodes else None,
             compute_capabilities=(TARGET,),
-            expected_plugin_layers=layers if plugin else 0,
+            expected_plugin_layers=nodes,
         ),
     )
 
 
-def row(layers: int, precision: Precision, *, plugin: bool) -> list[str]:
-    model = graph(layers, precision)
+def row(name: str, model: bytes) -> list[str]:
     start = time.perf_counter()
-    plan = build(model, layers, plugin=plugin)
-    spent = time.perf_counter() - start
-    facts = plan.facts
+    facts = build(model).facts
     return [
-        f"{layers} layers, {precision}, {'plugin' if plugin else 'no plugin'}",
+        name,
         str(facts.plugin_layers),
         str(facts.kernel_count),
         str(facts.fused_attention),
         f"{facts.scratch_bytes / 1e6:.1f}",
         str(facts.network_layers),
         f"{facts.plan_bytes / 1e6:.1f}",
-        f"{spent:.1f}",
+        f"{time.perf_counter() - start:.1f}",
     ]
+
+
+def rows(layers: int) -> list[list[str]]:
+    fp16 = Precision.FP16
+    cases = [
+        ("2 layers, fp16, as torch exports transformers", lambda: transformers_export(2)),
+        ("2 layers, fp16, ours, no plugin", lambda: ours(2, fp16, plugin=False)),
+        ("2 layers, fp16, ours", lambda: ours(2, fp16)),
+        ("2 layers, fp16, ours, masked", lambda: ours(2, fp16, padding="masked")),
+        ("one feed-forward block, fp16", feed_forward),
+    ]
+    for precision in (fp16, Precision.BF16, Precision.FP32):
+        for plugin in (True, False):
+            name = f"{layers} layers, {precision}, ours{'' if plugin else ', no plugin'}"
+            cases.append((name, lambda p=precision, q=plugin: ours(layers, p, plugin=q)))
+    table = []
+    for name, make in cases:
+        table.append(row(name, make()))
+        print(table[-1], file=sys.stderr, flush=True)
+    return table
 
 
 def digest_of_new_process(path: str) -> str:
@@ -83,24 +180,16 @@ def main() -> int:
     parser.add_argument("--digest", type=pathlib.Path, help="build this graph, print the sha256")
     options = parser.parse_args()
     if options.digest:
-        import onnx
-
-        layers = len(nodes_of(onnx.load(options.digest)))
-        plan = build(options.digest.read_bytes(), layers, plugin=True)
-        print(hashlib.sha256(plan.data).hexdigest())
+        print(hashlib.sha256(build(options.digest.read_bytes()).data).hexdigest())
         return 0
-    rows = []
-    for precision in (Precision.FP16, Precision.BF16, Precision.FP32):
-        for plugin in (True, False):
-            rows.append(row(options.layers, precision, plugin=plugin))
-            print(rows[-1], file=sys.stderr, flush=True)
+    table = rows(options.layers)
     with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(graph(options.layers, Precision.FP16))
+        file.write(ours(options.layers, Precision.FP16))
         file.flush()
         digests = [digest_of_new_process(file.name) for _ in range(2)]
     header = benchmark_header(environment(), threads=None)
     columns = [
-        "base",
+        "base encoder",
         "plugin layers",
         "kernels",
         "fused attention",
@@ -111,12 +200,12 @@ def main() -> int:
     ]
     text = "\n".join(
         [
-            f"# TensorRT-RTX plans of ConvBERT-base, {TARGET}, {PROFILE}",
+            f"# TensorRT-RTX plans of ConvBERT-base's encoder, {TARGET}, {PROFILE}",
             "",
             *[f"- {k}: {v}" for k, v in header.items()],
-            f"- two builds of the fp16 plan with plugin, sha256: {digests[0]} and {digests[1]}",
+            f"- two builds of the fp16 plan with plugins, sha256: {digests[0]} and {digests[1]}",
             "",
-            markdown_table(columns, rows),
+            markdown_table(columns, table),
             "",
         ]
     )

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include <NvInferVersion.h>
@@ -52,6 +53,24 @@ void* findSymbol(void* library, char const* name) {
   return library ? dlsym(library, name) : dlsym(RTLD_DEFAULT, name);
 }
 
+// Under LD_PRELOAD this library comes before TensorRT, which its host opens later. Asked to by
+// CONVBERT_LOAD_TENSORRT=1 it opens TensorRT first: only when asked, because LD_PRELOAD is inherited
+// by every program that the host starts.
+void* loadOnRequest() {
+  char const* asked = getenv("CONVBERT_LOAD_TENSORRT");
+  if (asked == nullptr || strcmp(asked, "1") != 0) {
+    return nullptr;
+  }
+  char name[32];
+  snprintf(name, sizeof(name), "libnvinfer.so.%d", NV_TENSORRT_MAJOR);
+  void* library = dlopen(name, RTLD_NOW);
+  if (library == nullptr) {
+    fprintf(stderr, "[convbert] CONVBERT_LOAD_TENSORRT: %s\n", dlerror());
+  }
+  // Kept open for good: the reference that loadedRegistry gives back is not the only one.
+  return library == nullptr ? nullptr : dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+}
+
 // The registry of the TensorRT in this process, or null.
 //
 // The registry is a table of virtual functions whose order holds within a major version only
@@ -63,7 +82,7 @@ IPluginRegistry* loadedRegistry() {
   if (findSymbol(nullptr, "getPluginRegistry") == nullptr) {
     char path[512] = "";
     dl_iterate_phdr(findTensorRT, path);
-    library = path[0] != '\0' ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+    library = path[0] != '\0' ? dlopen(path, RTLD_NOW | RTLD_NOLOAD) : loadOnRequest();
     if (library == nullptr) {
       return nullptr;
     }
@@ -115,6 +134,11 @@ void logError(char const* message) noexcept {
 }
 
 }  // namespace convbert::trt
+
+// Of the headers this library was built with: where it registers itself.
+extern "C" __attribute__((visibility("default"))) int32_t convbert_tensorrt_major() noexcept {
+  return NV_TENSORRT_MAJOR;
+}
 
 extern "C" __attribute__((visibility("default"))) void setLoggerFinder(
     nvinfer1::ILoggerFinder* finder) noexcept {
