@@ -44,7 +44,10 @@ struct SpanDynamicConvTile {
 
 namespace {
 
-constexpr int kMaxThreads = 256;
+constexpr int kMaxThreads = 192;  // four rows of 6 heads x 64 halves: no thread idles in base
+// Rows whose values are asked for before they are used: without, every row of a thread's run would
+// wait for device memory.
+constexpr int kAhead = 2;
 constexpr int kMaxLanes = 128;
 
 inline bool canVectorise(SpanDynamicConvParams const& p) {
@@ -79,12 +82,12 @@ inline SpanDynamicConvPlan makePlan(SpanDynamicConvParams const& p, int32_t mult
   plan.rowGroups = kMaxThreads / lanes;
   plan.rowGroups = plan.rowGroups < 1 ? 1 : plan.rowGroups;
   // Longer runs re-read less halo; shorter ones give more threads. Take the longest run that still
-  // leaves every multiprocessor about three blocks of threads.
+  // leaves every multiprocessor about four blocks of threads.
   int64_t const vectors = int64_t(p.numHeads) * plan.lanesPerHead;
   plan.rowsPerThread = 16;
   while (plan.rowsPerThread > 1 &&
          p.batch * ((p.seq + plan.rowsPerThread - 1) / plan.rowsPerThread) * vectors <
-             int64_t(multiprocessors) * 3 * kMaxThreads) {
+             int64_t(multiprocessors) * 4 * kMaxThreads) {
     plan.rowsPerThread /= 2;
   }
   // A short sequence needs fewer row groups; shared memory must stay under the 48 KB every device
@@ -171,28 +174,31 @@ CONVBERT_HD void stageWeights(SpanDynamicConvPlan const& plan, int64_t block, in
 }
 
 template <typename T, int kVec>
-CONVBERT_HD void loadVector(T const* from, float (&to)[kVec]) {
-  struct alignas(sizeof(T) * kVec) Packed {
-    T element[kVec];
-  };
-  Packed const packed = *reinterpret_cast<Packed const*>(from);
+struct alignas(sizeof(T) * kVec) Packed {
+  T element[kVec];
+};
+
+template <typename T, int kVec>
+CONVBERT_HD void unpack(Packed<T, kVec> const& from, float (&to)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    to[i] = toFloat(packed.element[i]);
+    to[i] = toFloat(from.element[i]);
   }
 }
 
 template <typename T, int kVec>
+CONVBERT_HD void loadVector(T const* from, float (&to)[kVec]) {
+  unpack(*reinterpret_cast<Packed<T, kVec> const*>(from), to);
+}
+
+template <typename T, int kVec>
 CONVBERT_HD void storeVector(T* to, float const (&from)[kVec]) {
-  struct alignas(sizeof(T) * kVec) Packed {
-    T element[kVec];
-  };
-  Packed packed;
+  Packed<T, kVec> packed;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
     packed.element[i] = fromFloat<T>(from[i]);
   }
-  *reinterpret_cast<Packed*>(to) = packed;
+  *reinterpret_cast<Packed<T, kVec>*>(to) = packed;
 }
 
 template <typename T, int K, int kVec>
@@ -221,18 +227,20 @@ CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int
     auto present = [&](int64_t row) {
       return row >= 0 && row < p.seq && (mask == nullptr || mask[row] != 0);
     };
+    auto loadRow = [&](int64_t row, bool wanted) {
+      Packed<T, kVec> packed{};
+      if (wanted && present(row)) {
+        packed = *reinterpret_cast<Packed<T, kVec> const*>(value + row * p.valueRowStride);
+      }
+      return packed;
+    };
     float window[K][kVec];  // slot (row + kHalf - begin') % K, see below
+    Packed<T, kVec> ahead[kAhead];
     int64_t const first = tile.firstRow + begin - kHalf;
 #pragma unroll
-    for (int k = 0; k < K - 1; ++k) {
-      int64_t const row = first + k;
-      if (present(row)) {
-        loadVector<T, kVec>(value + row * p.valueRowStride, window[k]);
-      } else {
+    for (int k = 0; k < K - 1; ++k) unpack(loadRow(first + k, true), window[k]);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) window[k][i] = 0.0f;
-      }
-    }
+    for (int a = 0; a < kAhead; ++a) ahead[a] = loadRow(first + K - 1 + a, begin + a < end);
     for (int32_t base = begin; base < end; base += K) {
       // Output row base + j reads slots j, j + 1, ..., j + K - 1 (mod K); its newest value goes
       // where the oldest of the row before lay.
@@ -240,15 +248,10 @@ CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int
       for (int j = 0; j < K; ++j) {
         int32_t const r = base + j;
         if (r < end) {
-          int64_t const row = tile.firstRow + r + kHalf;
-          constexpr int kLast = K - 1;
-          int const slot = (j + kLast) % K;
-          if (present(row)) {
-            loadVector<T, kVec>(value + row * p.valueRowStride, window[slot]);
-          } else {
+          unpack(ahead[0], window[(j + K - 1) % K]);
 #pragma unroll
-            for (int i = 0; i < kVec; ++i) window[slot][i] = 0.0f;
-          }
+          for (int a = 0; a + 1 < kAhead; ++a) ahead[a] = ahead[a + 1];
+          ahead[kAhead - 1] = loadRow(tile.firstRow + r + kHalf + kAhead, r + kAhead < end);
           float const* weight = weights + r * plan.weightRowStride + head * K;
           float sum[kVec] = {};
 #pragma unroll

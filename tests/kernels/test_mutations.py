@@ -100,6 +100,11 @@ CUDA_MUTATIONS = {
     ),
     "weights of the first block of heads": ("int64_t(tile.firstHead) * K", "int64_t(0)"),
 }
+#: Seen only where a thread takes more than one row: with few multiprocessors.
+CUDA_RUN_MUTATIONS = {
+    "row asked for ahead one late": ("r + kHalf + kAhead,", "r + kHalf + kAhead + 1,"),
+    "rows ahead not asked for": ("r + kAhead < end", "r + kAhead + 1 < end"),
+}
 
 
 def comparison(kernels, route: str) -> None:
@@ -110,6 +115,7 @@ def comparison(kernels, route: str) -> None:
         (3, 75, 2, 8, 9),
         (2, 40, 3, 20, 5),
         (2, 5, 300, 4, 3),
+        (4, 150, 6, 32, 9),  # large enough for a CUDA thread to take runs of many rows
     ]
     for batch, seq, heads, head_dim, taps in shapes:
         for dtype in DTYPES.values():
@@ -199,3 +205,11 @@ def test_the_comparison_fails_where_nothing_is_computed() -> None:
     value, logits = inputs(1, 4, 1, 8, 3, torch.float32)
     with pytest.raises(AssertionError, match="error"):
         Expected.of(value, logits, 1, 3).check(torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("name", CUDA_RUN_MUTATIONS)
+def test_a_fault_in_the_runs_of_the_cuda_kernel_is_caught(
+    compiler, objects, tmp_path, name
+) -> None:
+    mutation = CUDA_RUN_MUTATIONS[name]
+    check_mutant(compiler, objects, tmp_path, CUDA_SOURCE, mutation, ["emulated-1"])
