@@ -49,7 +49,7 @@ cudaError_t launchDepthwiseConv1d(DepthwiseConv1dParams const& params,
   if (plan.blocks > INT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  return dispatch(params, Launcher{plan, stream});
+  return dispatch(params.dtype, params.kernelSize, Launcher{plan, stream});
 }
 
 }  // namespace convbert

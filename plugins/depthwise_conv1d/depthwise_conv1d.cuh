@@ -8,7 +8,9 @@
 // before they are used.
 #pragma once
 
+#include "../runtime/dispatch.h"
 #include "../runtime/half.h"
+#include "../runtime/packed.h"
 #include "depthwise_conv1d.h"
 
 namespace convbert {
@@ -75,26 +77,19 @@ inline DepthwiseConv1dPlan makePlan(DepthwiseConv1dParams const& p, int32_t mult
   return plan;
 }
 
-template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) PackedChannels {
-  T element[kVec];
-};
-
 // A run of rows for one thread: bit t of `present` says that row firstRow - K / 2 + t is in the
 // sequence and no pad.
 template <typename T, int K, int kVec>
 struct ThreadRun {
-  using Packed = PackedChannels<T, kVec>;
-
   T const* input;  // of row firstRow - K / 2
   int64_t inputRowStride;
   uint32_t present;
 
   // Pads are not read: whatever they hold, even NaN, they count as zero.
-  CONVBERT_HD Packed loadRow(int32_t t) const {
-    Packed packed{};
+  CONVBERT_HD Packed<T, kVec> loadRow(int32_t t) const {
+    Packed<T, kVec> packed{};
     if (present >> t & 1u) {
-      packed = *reinterpret_cast<Packed const*>(input + t * inputRowStride);
+      packed = *reinterpret_cast<Packed<T, kVec> const*>(input + t * inputRowStride);
     }
     return packed;
   }
@@ -117,7 +112,6 @@ CONVBERT_HD uint32_t presentRows(DepthwiseConv1dParams const& p, int64_t batch, 
 
 template <typename T, int K, int kVec>
 CONVBERT_HD void convolveRun(DepthwiseConv1dPlan const& plan, int64_t block, int32_t thread) {
-  using Packed = PackedChannels<T, kVec>;
   DepthwiseConv1dParams const& p = plan.params;
   int32_t const lane = static_cast<int32_t>(block % plan.laneBlocks) * plan.lanesPerBlock +
                        thread % plan.lanesPerBlock;
@@ -141,20 +135,14 @@ CONVBERT_HD void convolveRun(DepthwiseConv1dPlan const& plan, int64_t block, int
               firstRow * p.outputRowStride + channel;
   float weight[K][kVec];
   float window[K][kVec];
-  Packed ahead[kAhead];
+  Packed<T, kVec> ahead[kAhead];
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    Packed const packed = *reinterpret_cast<Packed const*>(static_cast<T const*>(p.weight) +
-                                                           int64_t(k) * p.channels + channel);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) weight[k][i] = toFloat(packed.element[i]);
+    loadVector<T, kVec>(static_cast<T const*>(p.weight) + int64_t(k) * p.channels + channel,
+                        weight[k]);
   }
 #pragma unroll
-  for (int k = 0; k < K - 1; ++k) {
-    Packed const packed = run.loadRow(k);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) window[k][i] = toFloat(packed.element[i]);
-  }
+  for (int k = 0; k < K - 1; ++k) unpack(run.loadRow(k), window[k]);
   // Rows beyond the run have no bit: `ahead` then holds zeros that nothing reads.
 #pragma unroll
   for (int a = 0; a < kAhead; ++a) ahead[a] = run.loadRow(K - 1 + a);
@@ -165,49 +153,22 @@ CONVBERT_HD void convolveRun(DepthwiseConv1dPlan const& plan, int64_t block, int
     for (int j = 0; j < K; ++j) {
       int32_t const r = base + j;
       if (r < rows) {
-        constexpr int kLast = K - 1;
-        int const slot = (j + kLast) % K;
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) window[slot][i] = toFloat(ahead[0].element[i]);
+        unpack(ahead[0], window[(j + K - 1) % K]);
 #pragma unroll
         for (int a = 0; a < kAhead - 1; ++a) ahead[a] = ahead[a + 1];
-        ahead[kAhead - 1] = run.loadRow(r + kLast + kAhead);
+        ahead[kAhead - 1] = run.loadRow(r + K - 1 + kAhead);
         bool const token = run.present >> (r + K / 2) & 1u;
-        Packed packed;
+        float sum[kVec] = {};
+        if (token) {
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          float sum = weight[0][i] * window[j][i];
+          for (int k = 0; k < K; ++k) {
 #pragma unroll
-          for (int k = 1; k < K; ++k) sum += weight[k][i] * window[(j + k) % K][i];
-          packed.element[i] = fromFloat<T>(token ? sum : 0.0f);
+            for (int i = 0; i < kVec; ++i) sum[i] += weight[k][i] * window[(j + k) % K][i];
+          }
         }
-        *reinterpret_cast<Packed*>(output + r * p.outputRowStride) = packed;
+        storeVector<T, kVec>(output + r * p.outputRowStride, sum);
       }
     }
-  }
-}
-
-// The one list of instantiations: calls visit.template run<T, K>() for the params given.
-template <typename T, typename Visitor>
-auto dispatchKernelSize(int32_t kernelSize, Visitor&& visit) {
-  switch (kernelSize) {
-    case 1: return visit.template run<T, 1>();
-    case 3: return visit.template run<T, 3>();
-    case 5: return visit.template run<T, 5>();
-    case 7: return visit.template run<T, 7>();
-    case 9: return visit.template run<T, 9>();
-    case 11: return visit.template run<T, 11>();
-    case 13: return visit.template run<T, 13>();
-    default: return visit.template run<T, 15>();  // validate() admits no other size
-  }
-}
-
-template <typename Visitor>
-auto dispatch(DepthwiseConv1dParams const& p, Visitor&& visit) {
-  switch (p.dtype) {
-    case DataType::kFloat16: return dispatchKernelSize<Float16>(p.kernelSize, visit);
-    case DataType::kBFloat16: return dispatchKernelSize<BFloat16>(p.kernelSize, visit);
-    default: return dispatchKernelSize<float>(p.kernelSize, visit);
   }
 }
 

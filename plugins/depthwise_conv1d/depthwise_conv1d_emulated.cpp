@@ -32,7 +32,7 @@ Status runEmulated(DepthwiseConv1dParams const& params, int32_t multiprocessors)
     return status;
   }
   DepthwiseConv1dPlan const plan = makePlan(params, multiprocessors);
-  return dispatch(params, Emulator{plan});
+  return dispatch(params.dtype, params.kernelSize, Emulator{plan});
 }
 
 }  // namespace convbert

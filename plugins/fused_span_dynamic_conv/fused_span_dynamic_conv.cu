@@ -71,7 +71,7 @@ cudaError_t launchFusedSpanDynamicConv(FusedSpanDynamicConvParams const& params,
   if (plan.conv.blocks > INT32_MAX || plan.sharedBytes > 48 * 1024) {
     return cudaErrorInvalidValue;
   }
-  return dispatch(params.conv, Launcher{plan, stream});
+  return dispatch(params.conv.dtype, params.conv.kernelSize, Launcher{plan, stream});
 }
 
 }  // namespace convbert

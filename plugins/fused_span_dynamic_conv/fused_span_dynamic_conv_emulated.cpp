@@ -79,7 +79,7 @@ Status runEmulated(FusedSpanDynamicConvParams const& params, int32_t multiproces
   if (state == nullptr) {
     return Status::kOutOfMemory;
   }
-  Status const result = dispatch(params.conv, Emulator{plan, *state});
+  Status const result = dispatch(params.conv.dtype, params.conv.kernelSize, Emulator{plan, *state});
   delete state;
   return result;
 }

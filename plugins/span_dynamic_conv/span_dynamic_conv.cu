@@ -51,7 +51,7 @@ cudaError_t launchSpanDynamicConv(SpanDynamicConvParams const& params,
   if (plan.blocks > INT32_MAX || plan.sharedBytes > 48 * 1024) {
     return cudaErrorInvalidValue;
   }
-  return dispatch(params, Launcher{plan, stream});
+  return dispatch(params.dtype, params.kernelSize, Launcher{plan, stream});
 }
 
 }  // namespace convbert

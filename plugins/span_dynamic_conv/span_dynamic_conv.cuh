@@ -9,7 +9,9 @@
 // sliding costs no moves.
 #pragma once
 
+#include "../runtime/dispatch.h"
 #include "../runtime/half.h"
+#include "../runtime/packed.h"
 #include "span_dynamic_conv.h"
 
 #ifndef __CUDACC__
@@ -173,34 +175,6 @@ CONVBERT_HD void stageWeights(SpanDynamicConvPlan const& plan, int64_t block, in
   }
 }
 
-template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) Packed {
-  T element[kVec];
-};
-
-template <typename T, int kVec>
-CONVBERT_HD void unpack(Packed<T, kVec> const& from, float (&to)[kVec]) {
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    to[i] = toFloat(from.element[i]);
-  }
-}
-
-template <typename T, int kVec>
-CONVBERT_HD void loadVector(T const* from, float (&to)[kVec]) {
-  unpack(*reinterpret_cast<Packed<T, kVec> const*>(from), to);
-}
-
-template <typename T, int kVec>
-CONVBERT_HD void storeVector(T* to, float const (&from)[kVec]) {
-  Packed<T, kVec> packed;
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
-    packed.element[i] = fromFloat<T>(from[i]);
-  }
-  *reinterpret_cast<Packed<T, kVec>*>(to) = packed;
-}
-
 template <typename T, int K, int kVec>
 CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int32_t thread,
                              float const* weights) {
@@ -268,30 +242,6 @@ CONVBERT_HD void stageWindow(SpanDynamicConvPlan const& plan, int64_t block, int
         }
       }
     }
-  }
-}
-
-// The one list of instantiations: calls visit.template operator()<T, K>() for the params given.
-template <typename T, typename Visitor>
-auto dispatchKernelSize(int32_t kernelSize, Visitor&& visit) {
-  switch (kernelSize) {
-    case 1: return visit.template run<T, 1>();
-    case 3: return visit.template run<T, 3>();
-    case 5: return visit.template run<T, 5>();
-    case 7: return visit.template run<T, 7>();
-    case 9: return visit.template run<T, 9>();
-    case 11: return visit.template run<T, 11>();
-    case 13: return visit.template run<T, 13>();
-    default: return visit.template run<T, 15>();  // validate() admits no other size
-  }
-}
-
-template <typename Visitor>
-auto dispatch(SpanDynamicConvParams const& p, Visitor&& visit) {
-  switch (p.dtype) {
-    case DataType::kFloat16: return dispatchKernelSize<Float16>(p.kernelSize, visit);
-    case DataType::kBFloat16: return dispatchKernelSize<BFloat16>(p.kernelSize, visit);
-    default: return dispatchKernelSize<float>(p.kernelSize, visit);
   }
 }
 

@@ -48,7 +48,7 @@ Status runEmulated(SpanDynamicConvParams const& params, int32_t multiprocessors)
     return status;
   }
   SpanDynamicConvPlan const plan = makePlan(params, multiprocessors);
-  return dispatch(params, Emulator{plan});
+  return dispatch(params.dtype, params.kernelSize, Emulator{plan});
 }
 
 }  // namespace convbert
