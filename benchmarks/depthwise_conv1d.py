@@ -6,21 +6,16 @@ float32, one thread; 768 channels and kernel size 9, as in ConvBERT-base's key c
 
 from __future__ import annotations
 
-import argparse
-import pathlib
-import sys
-
 import numpy as np
 import onnx
 import torch
+from operator_bench import ONE_THREAD, markdown_target, report
 
-from convbert_deploy.backends.base import Batch, RunnerOptions
+from convbert_deploy.backends.base import Batch
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.benchmark import BenchOptions, Candidate, Point, measure
-from convbert_deploy.environment import benchmark_header, environment
+from convbert_deploy.benchmark import Candidate, Point
 from convbert_deploy.exporting import OPSET
 from convbert_deploy.plugin_library import ort_library
-from convbert_deploy.report import to_markdown
 
 CHANNELS, TAPS = 768, 9
 #: tap-major, as our operator takes it
@@ -105,15 +100,12 @@ def make_batch(point: Point) -> Batch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--markdown", type=pathlib.Path)
-    options = parser.parse_args()
+    target = markdown_target(__doc__)
     torch.set_num_threads(1)
-    threads = RunnerOptions(threads=1)
-    kernel = OnnxRuntimeRunner.from_model(ours(), options=threads, library=ort_library())
-    transposed = OnnxRuntimeRunner.from_model(stock(), options=threads)
+    kernel = OnnxRuntimeRunner.from_model(ours(), options=ONE_THREAD, library=ort_library())
+    transposed = OnnxRuntimeRunner.from_model(stock(), options=ONE_THREAD)
     with kernel, transposed, torch.inference_mode():
-        report = measure(
+        report(
             [
                 Candidate("torch eager, conv1d", Eager()),
                 Candidate("stock ONNX Runtime, Transpose-Conv-Transpose", transposed),
@@ -122,15 +114,8 @@ def main() -> None:
             ],
             [Point(1, 128), Point(8, 128), Point(1, 512)],
             make_batch,
-            BenchOptions(min_time_s=2.0, min_runs=100, max_runs=2000, warmup=5),
-            header=benchmark_header(environment(), threads=1),
-            progress=lambda text: print(text, file=sys.stderr),
+            target,
         )
-    text = to_markdown(report)
-    print(text)
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -8,23 +8,18 @@ of the projections stays in both, once: the attention needs it. Interleaved runs
 
 from __future__ import annotations
 
-import argparse
-import pathlib
-import sys
-
 import numpy as np
 import onnx
 from onnx import helper
+from operator_bench import ONE_THREAD, markdown_target, report
 
-from convbert_deploy.backends.base import Batch, RunnerOptions
+from convbert_deploy.backends.base import Batch
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.benchmark import BenchOptions, Candidate, Point, measure
-from convbert_deploy.environment import benchmark_header, environment
+from convbert_deploy.benchmark import Candidate, Point
 from convbert_deploy.exporting import OPSET
 from convbert_deploy.operators import DOMAIN
 from convbert_deploy.operators.fused_span_dynamic_conv import fuse
 from convbert_deploy.plugin_library import ort_library
-from convbert_deploy.report import to_markdown
 
 HEADS, HEAD_DIM, TAPS, LAYERS = 6, 64, 9, 12
 CHANNELS = HEADS * HEAD_DIM
@@ -83,34 +78,24 @@ def make_batch(point: Point) -> Batch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--markdown", type=pathlib.Path)
-    options = parser.parse_args()
-    threads = RunnerOptions(threads=1)
+    target = markdown_target(__doc__)
     model = separate()
-    before = OnnxRuntimeRunner.from_model(model, options=threads, library=ort_library())
-    after = OnnxRuntimeRunner.from_model(fuse(model), options=threads, library=ort_library())
+    before = OnnxRuntimeRunner.from_model(model, options=ONE_THREAD, library=ort_library())
+    after = OnnxRuntimeRunner.from_model(fuse(model), options=ONE_THREAD, library=ort_library())
     with before, after:
         batch = make_batch(Point(2, 37))
         error = np.abs(before.infer(batch)["out"] - after.infer(batch)["out"]).max()
         if not error <= 1e-4:
             raise SystemExit(f"the fused branch is off by {error:.3g}")
-        report = measure(
+        report(
             [
                 Candidate("Mul, MatMul, Add, SpanDynamicConv", before),
                 Candidate("FusedSpanDynamicConv", after),
             ],
             [Point(1, 32), Point(1, 128), Point(8, 128), Point(1, 512)],
             make_batch,
-            BenchOptions(min_time_s=2.0, min_runs=60, max_runs=1000, warmup=5),
-            header=benchmark_header(environment(), threads=1),
-            progress=lambda text: print(text, file=sys.stderr),
+            target,
         )
-    text = to_markdown(report)
-    print(text)
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text(text + "\n")
 
 
 if __name__ == "__main__":

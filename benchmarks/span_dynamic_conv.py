@@ -11,27 +11,23 @@ model do: calling a session costs 10 to 20 microseconds whatever is in it, more 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import io
 import itertools
-import pathlib
-import sys
 import warnings
 
 import numpy as np
 import onnx
 import torch
+from operator_bench import ONE_THREAD, markdown_target, report
 
-from convbert_deploy.backends.base import Batch, RunnerOptions
+from convbert_deploy.backends.base import Batch
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.benchmark import BenchOptions, Candidate, Point, measure
-from convbert_deploy.environment import benchmark_header, environment
+from convbert_deploy.benchmark import Candidate, Point
 from convbert_deploy.exporting import OPSET
 from convbert_deploy.operators import DOMAIN
 from convbert_deploy.operators.span_dynamic_conv import OP_TYPE, function_proto
 from convbert_deploy.plugin_library import kernels_library, ort_library
-from convbert_deploy.report import to_markdown
 
 HEADS, HEAD_DIM, TAPS = 6, 64, 9
 WIDTH = HEADS * HEAD_DIM
@@ -197,16 +193,13 @@ def check(candidates: list[Candidate]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--markdown", type=pathlib.Path)
-    options = parser.parse_args()
+    target = markdown_target(__doc__)
     torch.set_num_threads(1)
-    threads = RunnerOptions(threads=1)
     kernel = OnnxRuntimeRunner.from_model(
-        chained(with_function=False), options=threads, library=ort_library()
+        chained(with_function=False), options=ONE_THREAD, library=ort_library()
     )
-    sliced = OnnxRuntimeRunner.from_model(chained(with_function=True), options=threads)
-    unfold = OnnxRuntimeRunner.from_model(exported_unfold(), options=threads)
+    sliced = OnnxRuntimeRunner.from_model(chained(with_function=True), options=ONE_THREAD)
+    unfold = OnnxRuntimeRunner.from_model(exported_unfold(), options=ONE_THREAD)
     with kernel, sliced, unfold, torch.inference_mode():
         candidates = [
             Candidate("stock ONNX Runtime, unfold as exported from transformers", unfold),
@@ -217,19 +210,12 @@ def main() -> None:
             Candidate("memcpy of the values", Memcpy()),
         ]
         check(candidates)
-        report = measure(
+        report(
             candidates,
             [Point(1, 128), Point(8, 128), Point(1, 512)],
             make_batch,
-            BenchOptions(min_time_s=2.0, min_runs=60, max_runs=1000, warmup=5),
-            header=benchmark_header(environment(), threads=1),
-            progress=lambda text: print(text, file=sys.stderr),
+            target,
         )
-    text = to_markdown(report)
-    print(text)
-    if options.markdown:
-        options.markdown.parent.mkdir(parents=True, exist_ok=True)
-        options.markdown.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ _PACKAGES: dict[str, tuple[str | None, str]] = {
     "tensorrt": ("tensorrt", "the tensorrt engine"),
 }
 
-_BUILD_LIBRARIES = "make plugins"
+_BUILD_LIBRARIES = "make native"
 
 
 class Status(str, enum.Enum):

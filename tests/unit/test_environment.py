@@ -102,10 +102,10 @@ def test_benchmark_header_names_the_device_and_threads(facts):
 
 def test_missing_library_carries_the_build_command():
     def find():
-        raise PluginError("libx.so is not built", hint="make plugins")
+        raise PluginError("libx.so is not built", hint="make native")
 
     check = check_library("x", find)
-    assert (check.status, check.fix) == (Status.MISSING, "make plugins")
+    assert (check.status, check.fix) == (Status.MISSING, "make native")
 
 
 def test_library_that_does_not_load_is_broken_not_ok(tmp_path):
