@@ -164,7 +164,7 @@ def assert_close(got: torch.Tensor, case: Case) -> None:
     largest output."""
     truth = case.reference(double=True)
     error = (got.double() - truth).abs().max().item()
-    assert np.isfinite(error), "the output has NaN or infinity"
+    assert np.isfinite(error), "error: NaN or infinity in the output"
     if got.dtype == torch.float32:
         limit = 2e-5
     else:

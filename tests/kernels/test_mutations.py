@@ -1,44 +1,21 @@
-"""Faults put into the kernels' own source: the comparison of the other tests must catch each.
-
-A mutant is a copy of plugins/ with one replacement, compiled without the wider instruction sets: the
-CPU kernel runs as `portable`, the CUDA kernel through its emulation on the host.
-"""
+"""Faults put into SpanDynamicConv's own source: the comparison of its tests must catch each."""
 
 from __future__ import annotations
-
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from kernels.cases import (
     DTYPES,
+    EMULATED_ROUTES,
     Expected,
     check_extreme_logits,
     inputs,
-    load_kernels,
     masks,
     poison_pads,
     run,
     surrounded,
-    torch,
 )
-
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
-FOLDER = "span_dynamic_conv"
-UNITS = [
-    f"{FOLDER}/span_dynamic_conv.cpp",
-    f"{FOLDER}/span_dynamic_conv_emulated.cpp",
-    f"{FOLDER}/span_dynamic_conv_c.cpp",
-    "runtime/instruction_set.cpp",
-    "runtime/c_entry.cpp",
-]
-CPU_SOURCE = f"{FOLDER}/span_dynamic_conv_rows.h"
-CUDA_SOURCE = f"{FOLDER}/span_dynamic_conv.cuh"
-#: The one unit that each mutated file is compiled into.
-UNIT_OF = {CPU_SOURCE: UNITS[0], CUDA_SOURCE: UNITS[1]}
-FLAGS = ["-O1", "-std=c++17", "-fPIC", "-w"]
+from kernels.mutants import Mutants
 
 CPU_MUTATIONS = {
     "middle tap dropped": (
@@ -131,85 +108,25 @@ def comparison(kernels, route: str) -> None:
     check_extreme_logits(kernels, route)
 
 
-def compile_unit(compiler: str, source: Path, target: Path) -> None:
-    done = subprocess.run(
-        [compiler, *FLAGS, "-c", source, "-o", target], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def link(compiler: str, objects: list[Path], target: Path):
-    done = subprocess.run(
-        [compiler, "-shared", "-fPIC", *objects, "-o", target],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return load_kernels(target)
-
-
 @pytest.fixture(scope="module")
-def compiler() -> str:
-    path = shutil.which("c++")
-    if path is None:
-        pytest.skip("no C++ compiler (c++)")
-    return path
+def mutants(tmp_path_factory) -> Mutants:
+    return Mutants.of("span_dynamic_conv", tmp_path_factory.mktemp("objects"), comparison)
 
 
-@pytest.fixture(scope="module")
-def objects(compiler, tmp_path_factory) -> dict[str, Path]:
-    """Every unit as it is; a mutant takes all but one from here."""
-    folder = tmp_path_factory.mktemp("objects")
-    made = {unit: folder / f"{Path(unit).stem}.o" for unit in UNITS}
-    for unit, target in made.items():
-        compile_unit(compiler, PLUGINS / unit, target)
-    return made
-
-
-def test_the_kernels_as_they_are_pass(compiler, objects, tmp_path) -> None:
-    kernels = link(compiler, list(objects.values()), tmp_path / "kernels.so")
-    for route in ("portable", "emulated-1", "emulated-132"):
-        comparison(kernels, route)
-
-
-def check_mutant(compiler, objects, folder: Path, source: str, mutation, routes) -> None:
-    for name in (FOLDER, "runtime"):
-        shutil.copytree(PLUGINS / name, folder / name)
-    text = (folder / source).read_text()
-    before, after = mutation
-    assert text.count(before) == 1, f"{source} has {before!r} {text.count(before)} times, not once"
-    (folder / source).write_text(text.replace(before, after))
-    unit = UNIT_OF[source]
-    compile_unit(compiler, folder / unit, folder / "mutant.o")
-    others = [path for name, path in objects.items() if name != unit]
-    kernels = link(compiler, [folder / "mutant.o", *others], folder / "kernels.so")
-    for route in routes:
-        with pytest.raises(AssertionError, match="error"):
-            comparison(kernels, route)
+def test_the_kernels_as_they_are_pass(mutants, tmp_path) -> None:
+    mutants.check_unmutated(tmp_path, ["portable", *EMULATED_ROUTES])
 
 
 @pytest.mark.parametrize("name", CPU_MUTATIONS)
-def test_a_fault_in_the_cpu_kernel_is_caught(compiler, objects, tmp_path, name) -> None:
-    mutation = CPU_MUTATIONS[name]
-    check_mutant(compiler, objects, tmp_path, CPU_SOURCE, mutation, ["portable"])
+def test_a_fault_in_the_cpu_kernel_is_caught(mutants, tmp_path, name) -> None:
+    mutants.check_cpu(tmp_path, CPU_MUTATIONS[name])
 
 
 @pytest.mark.parametrize("name", CUDA_MUTATIONS)
-def test_a_fault_in_the_cuda_kernel_is_caught(compiler, objects, tmp_path, name) -> None:
-    mutation = CUDA_MUTATIONS[name]
-    check_mutant(compiler, objects, tmp_path, CUDA_SOURCE, mutation, ["emulated-1", "emulated-132"])
-
-
-def test_the_comparison_fails_where_nothing_is_computed() -> None:
-    value, logits = inputs(1, 4, 1, 8, 3, torch.float32)
-    with pytest.raises(AssertionError, match="error"):
-        Expected.of(value, logits, 1, 3).check(torch.zeros_like(value))
+def test_a_fault_in_the_cuda_kernel_is_caught(mutants, tmp_path, name) -> None:
+    mutants.check_cuda(tmp_path, CUDA_MUTATIONS[name], EMULATED_ROUTES)
 
 
 @pytest.mark.parametrize("name", CUDA_RUN_MUTATIONS)
-def test_a_fault_in_the_runs_of_the_cuda_kernel_is_caught(
-    compiler, objects, tmp_path, name
-) -> None:
-    mutation = CUDA_RUN_MUTATIONS[name]
-    check_mutant(compiler, objects, tmp_path, CUDA_SOURCE, mutation, ["emulated-1"])
+def test_a_fault_in_the_runs_of_the_cuda_kernel_is_caught(mutants, tmp_path, name) -> None:
+    mutants.check_cuda(tmp_path, CUDA_RUN_MUTATIONS[name], ["emulated-1"])
