@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-import shlex
 import sys
 from typing import Any
 
 import click
 
 from convbert_deploy import __version__
-from convbert_deploy.errors import ConvBertDeployError
+from convbert_deploy.command_line import Cli, command_line, integers, progress, write_report
 
 PATH = click.Path(path_type=pathlib.Path)
 TASKS = (
@@ -28,35 +27,12 @@ TASKS = (
 )
 
 
-class Cli(click.Group):
-    """A user's error is two lines and exit 3; anything else is our bug and keeps its traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ConvBertDeployError as error:
-            click.echo(f"error: {error}", err=True)
-            if error.hint:
-                click.echo(f"hint:  {error.hint}", err=True)
-            ctx.exit(3)
-
-
 @click.group(
     cls=Cli, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
 )
 @click.version_option(__version__, prog_name="convbert-deploy")
 def main() -> None:
     """Export ConvBERT checkpoints, build engines, prove them, time them, ask them."""
-
-
-def progress(text: str) -> None:
-    click.echo(f"... {text}", err=True)
-
-
-def command_line() -> str:
-    """What was typed, for the artifact's record; paths without their folders."""
-    words = [pathlib.PurePath(word).name if "/" in word else word for word in sys.argv[1:]]
-    return shlex.join(["convbert-deploy", *words])
 
 
 def load_checkpoint(
@@ -231,6 +207,41 @@ def verify(
 
 
 @main.command()
+@click.argument("engine", type=PATH)
+@click.option("--data", required=True, type=PATH, help="JSONL: text, words, question... and labels")
+@click.option("--against", type=PATH, help="the checkpoint it came from, to compare with")
+@click.option("--config", type=PATH, help="config.json  [default: beside the weights]")
+@click.option("--budget", help='such as "metric drop <= 0.3, agreement >= 99%"; exit 1 over it')
+@click.option("--graph", is_flag=True, help="the graph a plan was built from, on this CPU")
+@click.option("--limit", type=click.IntRange(min=1), help="samples at most  [default: all]")
+@click.option("--threads", type=int, help="CPU threads of each runtime")
+@click.option("--json", "as_json", is_flag=True, help="the whole report")
+def evaluate(
+    engine: pathlib.Path,
+    data: pathlib.Path,
+    against: pathlib.Path | None,
+    config: pathlib.Path | None,
+    budget: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Judge ENGINE's answers by labels and beside the eager model; exit 1 over the budget."""
+    from convbert_deploy.calibration.budget import Budget
+    from convbert_deploy.engine import Engine
+    from convbert_deploy.evaluation.evaluating import EvaluateOptions
+    from convbert_deploy.evaluation.evaluating import evaluate as run_evaluate
+    from convbert_deploy.report_evaluation import evaluation_text
+
+    options = EvaluateOptions(budget=Budget.parse(budget) if budget else None, **settings)
+    bundle = Engine.load(engine)
+    task = bundle.manifest.task.value
+    checkpoint = load_checkpoint(against, config, task=task) if against else None
+    report = run_evaluate(bundle, data, checkpoint, options, progress)
+    click.echo(json.dumps(report.to_json()) if as_json else evaluation_text(report))
+    sys.exit(0 if report.passed else 1)
+
+
+@main.command()
 @click.argument("engines", nargs=-1, required=True, type=PATH)
 @click.option("--baseline", type=PATH, help="checkpoint to time eagerly; ratios refer to it")
 @click.option("--batch", default="1,8", help="comma list")
@@ -274,30 +285,6 @@ def bench(
     stdout_taken |= write_report(markdown_file, to_markdown(report))
     if not stdout_taken:
         click.echo(to_text(report))
-
-
-def integers(text: str) -> tuple[int, ...]:
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or min(values) < 1:
-        raise click.BadParameter(f"{text!r} is not a comma list of positive numbers")
-    return values
-
-
-def write_report(target: pathlib.Path | None, text: str) -> bool:
-    """True where it went to stdout."""
-    from convbert_deploy.provenance import atomic_file
-
-    if target is None:
-        return False
-    if str(target) == "-":
-        click.echo(text)
-        return True
-    with atomic_file(target) as temporary:
-        temporary.write_text(text + "\n")
-    return False
 
 
 @main.command()

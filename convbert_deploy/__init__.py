@@ -9,6 +9,7 @@ The same verbs as the command line::
     engine = cd.build_engine(cd.Graph.load("base.onnx"), Path("base.fp16.engine"),
                              cd.BuildOptions(precision=cd.Precision.FP16))
     assert cd.verify(engine, checkpoint).passed
+    print(cd.evaluate(engine, Path("labelled.jsonl"), checkpoint).metrics)
     with cd.open_scorer(engine) as scorer:
         print(scorer.score([cd.TextRequest("a fine film")]))
 
@@ -39,6 +40,11 @@ _HOME = {
     "RunnerOptions": "backends.base",
     "VerifyOptions": "verification",
     "verify": "verification",
+    "EvaluateOptions": "evaluation.evaluating",
+    "evaluate": "evaluation.evaluating",
+    "Evaluator": "evaluation.compare",
+    "read_labelled": "evaluation.labelled",
+    "Budget": "calibration.budget",
     "BenchRequest": "engine_benchmark",
     "bench": "engine_benchmark",
     "inspect": "inspection",

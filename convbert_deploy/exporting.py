@@ -108,12 +108,18 @@ def traced_graph(eager: Any, task: Task, padding: str = "hf") -> onnx.ModelProto
 
 
 def golden_request(checkpoint: Checkpoint, eager: Any, padding: str) -> GoldenRequest:
-    """A full row and a right-padded one of random ids, answered by the eager model."""
+    """A full row and a right-padded one of random ids, answered by the eager model.
+
+    Of a masked graph's per-token outputs only full rows are kept: what stands at a pad is not
+    defined there.
+    """
     from convbert_deploy.backends.eager import EagerRunner
     from convbert_deploy.parity_cases import random_batch
 
     seq = min(16, checkpoint.architecture.max_position_embeddings)
-    batch = random_batch(checkpoint.architecture, checkpoint.task, 2, seq, padded=seq > 1)
+    pooled = checkpoint.task in (Task.SEQUENCE_CLASSIFICATION, Task.MULTIPLE_CHOICE)
+    padded = seq > 1 and (pooled or padding == "hf")
+    batch = random_batch(checkpoint.architecture, checkpoint.task, 2, seq, padded=padded)
     with EagerRunner(eager, checkpoint.task, padding=padding) as runner:
         outputs = runner.infer(batch)
     return GoldenRequest(

@@ -27,7 +27,8 @@ _EXTERNAL_DATA_BYTES = 1_500_000_000
 class GraphInfo:
     """What a graph says about itself; stored as JSON in the file's metadata.
 
-    ``chain`` leads from the checkpoint to the graph's parent, oldest first.
+    chain: from the checkpoint to the graph's parent, oldest first. calibration: what ``calibrate``
+    decided and measured, None for an exported graph.
     """
 
     architecture: Architecture
@@ -41,6 +42,7 @@ class GraphInfo:
     chain: tuple[Origin, ...]
     versions: dict[str, str]
     command: str
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -56,6 +58,7 @@ class GraphInfo:
             "chain": [origin.to_json() for origin in self.chain],
             "versions": self.versions,
             "command": self.command,
+            "calibration": self.calibration,
         }
 
     @classmethod
@@ -72,6 +75,7 @@ class GraphInfo:
             chain=tuple(Origin.from_json(link) for link in data["chain"]),
             versions=dict(data["versions"]),
             command=data["command"],
+            calibration=data.get("calibration"),
         )
 
 
@@ -87,12 +91,13 @@ class Graph:
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Graph:
         """Raises GraphError: missing, unreadable, truncated, or not written by ``export``."""
-        import onnx
+        from onnx import external_data_helper
 
         path = pathlib.Path(path)
         info = read_info(path)
         try:
-            model = onnx.load(path)
+            model = _parsed(path)
+            external_data_helper.load_external_data_for_model(model, str(path.parent))
         except Exception as error:  # protobuf and onnx raise unrelated types for damaged files
             raise GraphError(f"{path} is unreadable or truncated: {error}") from error
         return cls(path, model, info, tokenizer_files(path))
@@ -122,15 +127,14 @@ def read_info(path: pathlib.Path) -> GraphInfo:
         GraphError: missing, unreadable, or not written by ``export``.
     """
     import google.protobuf.message
-    import onnx
 
     if not path.is_file():
         raise GraphError(
             f"graph {path} does not exist", hint="convbert-deploy export --ckpt CHECKPOINT"
         )
     try:
-        model = onnx.load(path, load_external_data=False)
-    except (google.protobuf.message.DecodeError, OSError) as error:
+        model = _parsed(path)
+    except (ValueError, google.protobuf.message.DecodeError, OSError) as error:
         raise GraphError(f"{path} is unreadable, truncated or no ONNX file") from error
     texts = {entry.key: entry.value for entry in model.metadata_props}
     if _METADATA_KEY not in texts:
@@ -148,6 +152,22 @@ def read_info(path: pathlib.Path) -> GraphInfo:
         return GraphInfo.from_json(data)
     except (ValueError, KeyError, TypeError) as error:
         raise GraphError(f"{path} has damaged convbert-deploy metadata: {error}") from error
+
+
+def _parsed(path: pathlib.Path) -> onnx.ModelProto:
+    """The message, read from a mapping of the file: its bytes beside it would double the memory."""
+    import mmap
+
+    import onnx
+
+    model = onnx.ModelProto()
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
+        view = memoryview(bytes_)
+        try:
+            model.ParseFromString(view)
+        finally:
+            view.release()
+    return model
 
 
 def set_info(model: onnx.ModelProto, info: GraphInfo) -> None:

@@ -11,10 +11,13 @@ class Precision(str, enum.Enum):
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
 
     def __str__(self) -> str:
         return self.value
 
     @property
-    def bytes_per_element(self) -> int:
-        return 4 if self is Precision.FP32 else 2
+    def quantized(self) -> bool:
+        """Linear layers compute in 8 bits, between QuantizeLinear and DequantizeLinear nodes."""
+        return self in (Precision.INT8, Precision.FP8)

@@ -45,16 +45,15 @@ def verify(
     options = options or VerifyOptions()
     check_chain(engine, checkpoint)
     manifest = engine.manifest
-    if not options.graph:
-        _check_gpu(engine)
     runner_options = RunnerOptions(threads=options.threads)
+    runner = candidate_runner(engine, runner_options, graph=options.graph)
     masked = manifest.padding == "masked"
     shapes = dataclasses.replace(options.shapes, profile=manifest.profile)
     reference = EagerRunner(
         checkpoint.eager_model(), manifest.task, runner_options, padding=manifest.padding
     )
     backend = "onnx" if options.graph else manifest.backend
-    with reference, _candidate(engine, options, runner_options) as candidate:
+    with reference, runner as candidate:
         return compare(
             reference,
             candidate,
@@ -87,18 +86,24 @@ def _check_gpu(engine: Engine) -> None:
     if backend.startswith("tensorrt") and not environment().gpus:
         raise EngineError(
             f"{engine.path} is a {backend} plan, and this machine has no NVIDIA GPU to run it",
-            hint="--graph compares the graph the plan was built from, on this CPU",
+            hint="--graph takes the graph the plan was built from, on this CPU",
         )
 
 
-def _candidate(engine: Engine, options: VerifyOptions, runner_options: RunnerOptions) -> Runner:
-    if not options.graph:
-        return engine.runner(runner_options)
+def candidate_runner(engine: Engine, options: RunnerOptions, *, graph: bool = False) -> Runner:
+    """What computes as the engine; with ``graph``, the graph it was built from in ONNX Runtime.
+
+    Raises:
+        EngineError: a plan on a machine without its GPU, and no ``graph``.
+    """
+    if not graph:
+        _check_gpu(engine)
+        return engine.runner(options)
     from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
 
     return OnnxRuntimeRunner(
         engine.path / GRAPH,
-        runner_options,
+        options,
         library=_library(engine),
         name=f"graph of {engine.label} in ONNX Runtime",
     )

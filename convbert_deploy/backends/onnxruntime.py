@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ _ERRORS_ONLY = 3
 #: The CPU provider's fused residual + LayerNorm is slow: 6 layers, hidden 384, 8x128, one thread,
 #: 11 of them took 18.7 ms; unfused, every Add and LayerNormalization of the graph takes 6.6 ms.
 _SLOWER_ON_CPU = ["SkipLayerNormFusion"]
+#: Session entries for graphs in FP8: ONNX Runtime 1.31 would put their Q/DQ pairs into its integer
+#: products, which refuse the type.
+NO_INTEGER_FUSION = {"session.disable_quant_qdq": "1"}
 
 
 def import_onnxruntime() -> Any:
@@ -42,7 +45,8 @@ def cuda_available() -> bool:
 
 
 class OnnxRuntimeRunner:
-    """One session. ``library`` holds our operators; without it the graph's functions are inlined."""
+    """One session. ``library`` holds our operators; without it the graph's functions are inlined.
+    ``config``: ONNX Runtime's session configuration entries."""
 
     def __init__(
         self,
@@ -52,9 +56,11 @@ class OnnxRuntimeRunner:
         library: pathlib.Path | None = None,
         cuda: bool = False,
         optimize: bool = True,
+        config: Mapping[str, str] | None = None,
         name: str = "onnxruntime-cpu",
     ) -> None:
         self.name = name
+        self._config = dict(config or {})
         self._model = model if isinstance(model, bytes) else str(model)
         self._options = options or RunnerOptions()
         self._library, self._cuda, self._optimize = library, cuda, optimize
@@ -73,6 +79,8 @@ class OnnxRuntimeRunner:
         options.log_severity_level = _ERRORS_ONLY
         if self._options.threads is not None:
             options.intra_op_num_threads = self._options.threads
+        for key, value in self._config.items():
+            options.add_session_config_entry(key, value)
         if not self._optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if self._library is not None:

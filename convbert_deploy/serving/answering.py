@@ -19,6 +19,28 @@ from convbert_deploy.serving.tokenizer import Tokenizer
 _LINES_AT_ONCE = 64
 
 
+def scorer_options(engine: Engine) -> ScorerOptions:
+    """How requests are put to this engine, and read back from it."""
+    manifest = engine.manifest
+    return ScorerOptions(
+        limits=engine.limits(),
+        labels=manifest.labels,
+        problem_type=manifest.problem_type,
+        profile=manifest.profile,
+        padding=manifest.padding,
+    )
+
+
+def engine_tokenizer(engine: Engine) -> Tokenizer:
+    """Raises EngineError where the bundle has no tokenizer."""
+    if engine.tokenizer_folder is None:
+        raise EngineError(
+            f"{engine.path} has no tokenizer, so it takes token ids, not text",
+            hint="build-engine GRAPH --tokenizer FOLDER puts one in",
+        )
+    return Tokenizer.load(engine.tokenizer_folder)
+
+
 @contextlib.contextmanager
 def open_scorer(engine: Engine, *, threads: int | None = None) -> Iterator[Scorer]:
     """A Scorer on the engine's runner and tokenizer, open inside the block.
@@ -26,20 +48,7 @@ def open_scorer(engine: Engine, *, threads: int | None = None) -> Iterator[Score
     Raises:
         EngineError: the bundle has no tokenizer, or cannot run here.
     """
-    if engine.tokenizer_folder is None:
-        raise EngineError(
-            f"{engine.path} has no tokenizer, so it takes token ids, not text",
-            hint="build-engine GRAPH --tokenizer FOLDER puts one in",
-        )
-    tokenizer = Tokenizer.load(engine.tokenizer_folder)
-    manifest = engine.manifest
-    options = ScorerOptions(
-        limits=engine.limits(),
-        labels=manifest.labels,
-        problem_type=manifest.problem_type,
-        profile=manifest.profile,
-        padding=manifest.padding,
-    )
+    tokenizer, options = engine_tokenizer(engine), scorer_options(engine)
     with engine.runner(RunnerOptions(threads=threads)) as runner:
         yield Scorer(runner, tokenizer, options)
 

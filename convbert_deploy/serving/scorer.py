@@ -115,13 +115,14 @@ class Scorer:
     """Answers requests with one runner and one tokenizer.
 
     Threads may share a scorer; the runner computes for one at a time. The runner must have been
-    entered.
+    entered; ``encode`` needs none.
 
     Raises:
-        EngineError: from ``score``, when the runner's outputs do not fit task and labels.
+        EngineError: from ``score``, when the runner's outputs do not fit task and labels, or there
+            is no runner.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, options: ScorerOptions) -> None:
+    def __init__(self, runner: Runner | None, tokenizer: Tokenizer, options: ScorerOptions) -> None:
         self._runner, self._tokenizer, self.options = runner, tokenizer, options
         self._lock = threading.Lock()
         if options.task is Task.MASKED_LM and tokenizer.mask_id is None:
@@ -132,6 +133,18 @@ class Scorer:
 
         Every answer has ``tokens_scored``, and ``truncated`` where text was cut off. A request that
         cannot be scored gives ``{"error": ..., "hint": ...}``; so does an error put in its place.
+        """
+        return [answer for answer, _ in self.score_with_outputs(requests)]
+
+    def score_with_outputs(
+        self, requests: Sequence[Request | ConvBertDeployError]
+    ) -> list[tuple[Answer, list[dict[str, np.ndarray]]]]:
+        """Each request's answer, and the float32 outputs it was decoded from, by name, row by row.
+
+        A row is a window; all choices are one row. Shapes: (labels,) or (choices,); (masks,
+        vocabulary), masks in text order; else (tokens, ...), [CLS] and [SEP] included, no pads.
+        A request that was refused has no rows; outputs that hold NaN or infinity are here, beside
+        the answer that says so.
         """
         works: list[_Work | ConvBertDeployError] = []
         units: list[_Unit] = []
@@ -145,7 +158,19 @@ class Scorer:
             except InputError as error:
                 works.append(error)
         self._run(units)
-        return [self._answer(work) for work in works]
+        return [
+            (self._answer(work), work.outputs if isinstance(work, _Work) else []) for work in works
+        ]
+
+    def encode(self, request: Request) -> list[dict[str, np.ndarray]]:
+        """The inputs that ``score`` runs for a request, a dict for each row, without running them.
+
+        int64 arrays of shape (seq,), or (choices, seq), padded to the length they are run at.
+
+        Raises:
+            InputError: the request cannot be scored.
+        """
+        return [dict(unit.inputs) for unit in self._units(self._prepare(request))]
 
     def score_json(self, objects: Iterable[Any]) -> list[Answer]:
         """The same for parsed JSON objects, of the forms in ``requests``."""
@@ -236,6 +261,8 @@ class Scorer:
 
     def _run(self, units: list[_Unit]) -> None:
         """Equal shapes share batches, in the order they came."""
+        if units and self._runner is None:
+            raise EngineError("this Scorer has no runner: it encodes requests and scores none")
         groups: dict[tuple[int, ...], list[_Unit]] = {}
         for unit in units:
             groups.setdefault(unit.inputs["input_ids"].shape, []).append(unit)

@@ -1,0 +1,320 @@
+"""A graph and real data in, a graph in another number format out: what ``calibrate`` does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..backends.base import RunnerOptions
+from ..environment import versions
+from ..errors import GraphError, InputError
+from ..graph import (
+    Graph,
+    GraphInfo,
+    read_info,
+    set_info,
+    sha256_of_graph,
+    tokenizer_files,
+    write_graph,
+)
+from ..precision import Precision
+from ..provenance import Origin, sha256_of_file
+from .activations import CollectOptions
+from .budget import Budget
+from .collect import collect
+from .judging import ArrayJudge, Judge, input_limits, judge_of_texts
+from .observers import check_method
+from .samples import CalibrationSamples, read_samples
+from .smoothing import SmoothingOptions
+from .table import CalibrationTable
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..backends.base import Runner
+    from ..serving.tokenizer import Tokenizer
+
+#: texts of the search (sensitivities; with or without smoothing); the budget itself is judged on all
+_SCOUTED = 128
+#: a batch of the search for NaN, with every tensor of it in memory
+_CHECKED_POSITIONS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrateOptions:
+    """What to write and by which rules.
+
+    method, percentile: how ranges are read off the statistics (``observers.METHODS``). samples:
+    texts at most. smoothing: of 8-bit graphs. budget: what an 8-bit graph may lose, judged on
+    ``budget_data`` (JSONL; the calibration data where None). table: statistics collected before on
+    this graph, instead of collecting them. tokenizer: files to use instead of the graph's.
+    """
+
+    precision: Precision = Precision.INT8
+    method: str = "minmax"
+    percentile: float = 99.99
+    samples: int = 512
+    smoothing: SmoothingOptions = dataclasses.field(default_factory=SmoothingOptions)
+    budget: Budget | None = None
+    budget_data: pathlib.Path | None = None
+    table: pathlib.Path | None = None
+    tokenizer: tuple[pathlib.Path, ...] = ()
+    threads: int | None = None
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        check_method(self.method, self.percentile)
+        if self.precision is Precision.FP32:
+            raise InputError("the graph is fp32 already: expected int8, fp8, fp16 or bf16")
+        if self.budget is not None and not self.precision.quantized:
+            raise InputError(f"a budget chooses layers to quantize, and {self.precision} has none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """note: a sentence. count: what is counted, how many are done, and of how many (0: unknown)."""
+
+    note: Callable[[str], None] = lambda sentence: None
+    count: Callable[[str, int, int], None] = lambda what, done, of: None
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationResult:
+    """table: the statistics' file, beside the graph. record: as in the graph's metadata."""
+
+    path: pathlib.Path
+    table: pathlib.Path
+    record: dict[str, Any]
+    bytes: int
+
+
+def calibrate(
+    graph: pathlib.Path,
+    data: pathlib.Path,
+    target: pathlib.Path,
+    options: CalibrateOptions | None = None,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Measure ``graph`` on ``data``, change its number format, check the result, write ``target``.
+
+    Writes STEM.calibration.json (the statistics) and STEM.tokenizer beside ``target`` too. An
+    interrupted collection goes on from STEM.calibration.partial.json when it is called again.
+
+    Raises:
+        GraphError: not an exported fp32 graph; NaN or infinity inside; a table of another graph; a
+            budget that cannot be met.
+        InputError: data that cannot be read.
+        OutputError: ``target`` cannot be written.
+    """
+    options, progress = options or CalibrateOptions(), progress or Progress()
+    info = read_info(graph)
+    if info.precision is not Precision.FP32:
+        raise GraphError(
+            f"{graph} is {info.precision} already, expected an fp32 graph",
+            hint="calibrate the graph that convbert-deploy export wrote",
+        )
+    tokenizer = _tokenizer(options.tokenizer or tokenizer_files(graph))
+    samples = read_samples(
+        data, limits=input_limits(info), tokenizer=tokenizer, samples=options.samples
+    )
+    progress.note(f"{samples.samples} samples, {samples.tokens} tokens of {data.name}")
+    digest = sha256_of_graph(graph)
+    with Workspace.open(_prepared(graph, options.precision, progress)) as workspace:
+        job = _Job(workspace, samples, info, options, progress, digest, target)
+        table = job.table()
+        judges = _Judges(job, data, tokenizer)
+        model, record = (
+            _eight_bit(job, table, judges)
+            if options.precision.quantized
+            else (_half(job, table, judges))
+        )
+        workspace.complete(model)
+    table_path = target.with_suffix(".calibration.json")
+    table.save(table_path)
+    record |= {
+        "data": samples.source,
+        "data_sha256": samples.sha256,
+        "samples": samples.samples,
+        "tokens": samples.tokens,
+        "method": table.method,
+        "table_sha256": sha256_of_file(table_path),
+    }
+    changed = dataclasses.replace(
+        info,
+        precision=options.precision,
+        chain=(*info.chain, Origin("graph", graph.name, digest)),
+        versions=info.versions | {k: v for k, v in versions().items() if v},
+        command=options.command,
+        calibration=record,
+    )
+    set_info(model, changed)
+    write_graph(model, target, options.tokenizer or tokenizer_files(graph))
+    return CalibrationResult(target, table_path, record, target.stat().st_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What every step of one calibration needs."""
+
+    workspace: Workspace
+    samples: CalibrationSamples
+    info: GraphInfo
+    options: CalibrateOptions
+    progress: Progress
+    graph_sha256: str
+    target: pathlib.Path
+
+    @property
+    def runner_options(self) -> RunnerOptions:
+        return RunnerOptions(threads=self.options.threads)
+
+    def tensors(self) -> tuple[str, ...]:
+        from .linears import linears
+        from .ranges import observed_tensors
+        from .smoothing import by_activation
+
+        model = self.workspace.model()
+        if self.options.precision.quantized:
+            return tuple(by_activation(linears(model)))
+        return observed_tensors(model)
+
+    def table(self) -> CalibrationTable:
+        """The statistics, read or collected, under the method that was asked for."""
+        options = self.options
+        if options.table is not None:
+            table = CalibrationTable.load(options.table)
+            table.check_graph(self.graph_sha256)
+        else:
+            table = collect(
+                self.workspace,
+                self.tensors(),
+                self.samples,
+                self.graph_sha256,
+                CollectOptions(threads=options.threads, histograms=options.precision.quantized),
+                partial=self.target.with_suffix(".calibration.partial.json"),
+                progress=lambda done, of: self.progress.count("collecting ranges", done, of),
+                note=self.progress.note,
+            )
+        return dataclasses.replace(table, method=options.method, percentile=options.percentile)
+
+
+class _Judges:
+    """Made when they are needed: the fp32 graph is run once for each."""
+
+    def __init__(self, job: _Job, data: pathlib.Path, tokenizer: Tokenizer | None) -> None:
+        self._job, self._data, self._tokenizer = job, data, tokenizer
+
+    def final(self) -> Judge:
+        """By the budget's own texts, or all calibration samples."""
+        other = self._job.options.budget_data
+        return self._of_samples(1) if other is None else self._of_texts(other, None)
+
+    def scout(self) -> Judge:
+        """By some of the calibration samples, spread over the file."""
+        return self._of_samples(max(1, len(self._job.samples.rows) // _SCOUTED))
+
+    def _of_samples(self, step: int) -> Judge:
+        job = self._job
+        rows = job.samples.rows[::step]
+        if self._data.suffix != ".npz":
+            return self._of_texts(self._data, tuple(row.number for row in rows))
+        with self._reference() as reference:
+            return ArrayJudge(dataclasses.replace(job.samples, rows=rows), job.info, reference)
+
+    def _of_texts(self, path: pathlib.Path, lines: tuple[int, ...] | None) -> Judge:
+        with self._reference() as reference:
+            return judge_of_texts(path, self._job.info, self._tokenizer, reference, lines=lines)
+
+    def _reference(self) -> contextlib.AbstractContextManager[Runner]:
+        workspace = self._job.workspace
+        return workspace.runner(workspace.model(), options=self._job.runner_options)
+
+
+def _prepared(path: pathlib.Path, precision: Precision, progress: Progress) -> onnx.ModelProto:
+    """The graph in the form that is measured: a finite mask, grouped linears as plain ones."""
+    from .linears import split_groups
+    from .masks import repair_mask_constants
+
+    model = Graph.load(path).model
+    repaired = repair_mask_constants(model)
+    if repaired:
+        progress.note(f"mask constants made finite: {', '.join(repaired)}")
+    if precision.quantized:
+        split_groups(model)
+    return model
+
+
+def _eight_bit(
+    job: _Job, table: CalibrationTable, judges: _Judges
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    from .eight_bit import Quantizer
+
+    options = job.options
+    quantizer = Quantizer(
+        workspace=job.workspace,
+        table=table,
+        samples=job.samples,
+        precision=options.precision,
+        judge=judges.final(),
+        scout=judges.scout(),
+        threads=options.threads,
+        progress=job.progress.count,
+    )
+    result = quantizer.run(options.smoothing, options.budget)
+    _require_finite(result.report.failed, options.precision)
+    return result.model, {"budget": str(options.budget or "") or None, **result.to_json()}
+
+
+def _half(
+    job: _Job, table: CalibrationTable, judges: _Judges
+) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    from .eight_bit import losses
+    from .emulated import emulated_graph, non_finite
+    from .ranges import keep_fp32
+    from .typed import typed_graph
+
+    workspace, precision = job.workspace, job.options.precision
+    largest = {name: summary.largest for name, summary in table.tensors.items()}
+    kept = keep_fp32(workspace.model(), largest, precision)
+    names = tuple(dict.fromkeys(record.node for record in kept))
+    complete = workspace.complete(workspace.model())
+    typed = typed_graph(complete, precision, keep_fp32=names)
+    # ONNX Runtime's CPU provider has no bf16 operators
+    runnable = (
+        typed
+        if precision is Precision.FP16
+        else emulated_graph(complete, precision, keep_fp32=names)
+    )
+    job.progress.note("looking for NaN and infinity inside")
+    batches = (batch for _, batch in job.samples.batches(_CHECKED_POSITIONS))
+    bad = non_finite(workspace, runnable, batches)
+    if bad:
+        raise GraphError(
+            f"the {precision} graph computes what is not finite: {bad[0]}"
+            + (f", and {len(bad) - 1} tensors more" if len(bad) > 1 else ""),
+            hint="calibrate with more, or larger, texts, or use --bf16",
+        )
+    job.progress.note("comparing with the fp32 graph")
+    with workspace.runner(runnable, options=job.runner_options) as runner:
+        report = judges.final().report(runner)
+    _require_finite(report.failed, precision)
+    record = {
+        "kept_fp32": [dataclasses.asdict(node) for node in kept],
+        "losses": losses(report),
+    }
+    return typed, record
+
+
+def _require_finite(failed: int, precision: Precision) -> None:
+    if failed:
+        raise GraphError(f"the {precision} graph answers {failed} samples with NaN or infinity")
+
+
+def _tokenizer(files: tuple[pathlib.Path, ...]) -> Tokenizer | None:
+    from ..serving.tokenizer import Tokenizer
+
+    return Tokenizer.load(files[0].parent) if files else None

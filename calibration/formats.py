@@ -1,0 +1,64 @@
+"""The 8-bit formats: symmetric int8 and FP8 E4M3, their scales and their rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..precision import Precision
+
+#: int8 uses -127..127, so that the grid is symmetric; E4M3's largest finite number is 448
+_LARGEST = {Precision.INT8: 127.0, Precision.FP8: 448.0}
+_LEAST_SCALE = 2.0**-24  # fp16's smallest subnormal
+#: significant bits of bfloat16; a number of so few bits in fp16's range is exact in all three types
+_BITS = 8
+
+
+def largest_quantized(precision: Precision) -> float:
+    """The quantized number that ``amax`` maps to."""
+    return _LARGEST[precision]
+
+
+def storable_scales(scales: np.ndarray) -> np.ndarray:
+    """The next larger float32 numbers that float16 and bfloat16 hold exactly.
+
+    A graph's scales take the type of its activations; so one file means the same numbers in every
+    type. Costs at most 2^-8 of the range, half an integer step at its end.
+    """
+    values = np.maximum(np.asarray(scales, np.float64), _LEAST_SCALE)
+    _, exponent = np.frexp(values)
+    # below 2^-14 float16's steps are 2^-24, whatever the number
+    step = np.maximum(np.ldexp(1.0, exponent - _BITS), _LEAST_SCALE)
+    return (np.ceil(values / step) * step).astype(np.float32)
+
+
+def weight_scales(weight: np.ndarray, precision: Precision) -> np.ndarray:
+    """float32 (columns,): one scale a column of a (rows, columns) weight; zeros get the least."""
+    amax = np.abs(weight).max(axis=0)
+    return storable_scales(amax / largest_quantized(precision))
+
+
+def quantized_weight(weight: np.ndarray, scales: np.ndarray, precision: Precision) -> np.ndarray:
+    """``weight`` over ``scales`` in the 8-bit type: int8 in -127..127, or float8_e4m3fn."""
+    scaled = weight / scales
+    largest = largest_quantized(precision)
+    if precision is Precision.INT8:
+        return np.clip(np.rint(scaled), -largest, largest).astype(np.int8)
+    import ml_dtypes
+
+    return np.clip(scaled, -largest, largest).astype(ml_dtypes.float8_e4m3fn)
+
+
+def fake_quantized(values: np.ndarray, scale: float, precision: Precision) -> np.ndarray:
+    """QuantizeLinear and DequantizeLinear of an activation, in float32 of the same shape.
+
+    int8 saturates to -128..127 (ONNX's QuantizeLinear), E4M3 to +-448.
+    """
+    scale = float(storable_scales(np.asarray(scale)))
+    scaled = values / np.float32(scale)
+    if precision is Precision.INT8:
+        return np.clip(np.rint(scaled), -128, 127) * np.float32(scale)
+    import ml_dtypes
+
+    largest = largest_quantized(precision)
+    rounded = np.clip(scaled, -largest, largest).astype(ml_dtypes.float8_e4m3fn)
+    return rounded.astype(np.float32) * np.float32(scale)
