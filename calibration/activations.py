@@ -35,19 +35,24 @@ class CollectOptions:
         activations of its own. A single row that needs more is still run, alone.
     save_every: batches between two savings of the partial state.
     threads: intra-op CPU threads; None leaves the runtime's default.
-    histograms: False collects ranges only (min-max and moving average), in about half the time.
+    histograms: of which tensors histograms and channels' ranges are kept, True for all; of the rest
+        only their range (min-max and moving average), in about half the time.
     """
 
     max_bytes: int | None = None
     save_every: int = 50
     threads: int | None = None
-    histograms: bool = True
+    histograms: bool | frozenset[str] = True
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "save_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
+
+    def histogram_of(self, name: str) -> bool:
+        """Whether this tensor gets a histogram."""
+        return self.histograms if isinstance(self.histograms, bool) else name in self.histograms
 
 
 @dataclasses.dataclass(frozen=True)

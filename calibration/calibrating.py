@@ -26,9 +26,12 @@ from .activations import CollectOptions
 from .budget import Budget
 from .collect import collect
 from .judging import ArrayJudge, Judge, input_limits, judge_of_texts
+from .linears import linears, split_groups
+from .masks import repair_mask_constants
 from .observers import check_method
+from .ranges import KeptNode, keep_fp32, observed_tensors
 from .samples import CalibrationSamples, read_samples
-from .smoothing import SmoothingOptions
+from .smoothing import SmoothingOptions, by_activation
 from .table import CalibrationTable
 from .workspace import Workspace
 
@@ -172,16 +175,6 @@ class _Job:
     def runner_options(self) -> RunnerOptions:
         return RunnerOptions(threads=self.options.threads)
 
-    def tensors(self) -> tuple[str, ...]:
-        from .linears import linears
-        from .ranges import observed_tensors
-        from .smoothing import by_activation
-
-        model = self.workspace.model()
-        if self.options.precision.quantized:
-            return tuple(by_activation(linears(model)))
-        return observed_tensors(model)
-
     def table(self) -> CalibrationTable:
         """The statistics, read or collected, under the method that was asked for."""
         options = self.options
@@ -189,12 +182,14 @@ class _Job:
             table = CalibrationTable.load(options.table)
             table.check_graph(self.graph_sha256)
         else:
+            model = self.workspace.model()
+            quantized = by_activation(linears(model)) if options.precision.quantized else ()
             table = collect(
                 self.workspace,
-                self.tensors(),
+                observed_tensors(model),
                 self.samples,
                 self.graph_sha256,
-                CollectOptions(threads=options.threads, histograms=options.precision.quantized),
+                CollectOptions(threads=options.threads, histograms=frozenset(quantized)),
                 partial=self.target.with_suffix(".calibration.partial.json"),
                 progress=lambda done, of: self.progress.count("collecting ranges", done, of),
                 note=self.progress.note,
@@ -236,9 +231,6 @@ class _Judges:
 
 def _prepared(path: pathlib.Path, precision: Precision, progress: Progress) -> onnx.ModelProto:
     """The graph in the form that is measured: a finite mask, grouped linears as plain ones."""
-    from .linears import split_groups
-    from .masks import repair_mask_constants
-
     model = Graph.load(path).model
     repaired = repair_mask_constants(model)
     if repaired:
@@ -266,7 +258,14 @@ def _eight_bit(
     )
     result = quantizer.run(options.smoothing, options.budget)
     _require_finite(result.report.failed, options.precision)
-    return result.model, {"budget": str(options.budget or "") or None, **result.to_json()}
+    kept = _kept(job.workspace.model(), table, Precision.FP16)
+    record = {
+        "budget": str(options.budget) if options.budget else None,
+        # on a GPU what is not quantized is fp16, unless told otherwise
+        "kept_fp32": [dataclasses.asdict(node) for node in kept],
+        **result.to_json(),
+    }
+    return result.model, record
 
 
 def _half(
@@ -274,14 +273,12 @@ def _half(
 ) -> tuple[onnx.ModelProto, dict[str, Any]]:
     from .eight_bit import losses
     from .emulated import emulated_graph, non_finite
-    from .ranges import keep_fp32
     from .typed import typed_graph
 
     workspace, precision = job.workspace, job.options.precision
-    largest = {name: summary.largest for name, summary in table.tensors.items()}
-    kept = keep_fp32(workspace.model(), largest, precision)
-    names = tuple(dict.fromkeys(record.node for record in kept))
     complete = workspace.complete(workspace.model())
+    kept = _kept(complete, table, precision)
+    names = tuple(dict.fromkeys(record.node for record in kept))
     typed = typed_graph(complete, precision, keep_fp32=names)
     # ONNX Runtime's CPU provider has no bf16 operators
     runnable = (
@@ -307,6 +304,13 @@ def _half(
         "losses": losses(report),
     }
     return typed, record
+
+
+def _kept(
+    model: onnx.ModelProto, table: CalibrationTable, precision: Precision
+) -> tuple[KeptNode, ...]:
+    largest = {name: summary.largest for name, summary in table.tensors.items()}
+    return keep_fp32(model, largest, precision)
 
 
 def _require_finite(failed: int, precision: Precision) -> None:

@@ -62,7 +62,7 @@ def collect(
     run = _run_identity(names, samples, graph_sha256, options)
     done, observers = _resumed(partial, run, note)
     if not done:
-        observers = {name: Observer(histograms=options.histograms) for name in names}
+        observers = {name: Observer(histograms=options.histogram_of(name)) for name in names}
     rows_done = 0
     with contextlib.closing(activations(workspace, names, samples, options, done)) as batches:
         for number, observed in enumerate(batches, 1):
@@ -186,7 +186,7 @@ def _run_identity(
         "tensors": list(names),
         "max_bytes": options.max_bytes,
         "threads": options.threads,
-        "histograms": options.histograms,
+        "histograms": [name for name in names if options.histogram_of(name)],
         "versions": {name: installed[name] for name in _VERSIONED if installed[name]}
         | {"numpy": np.__version__},
     }

@@ -8,7 +8,9 @@ from ..precision import Precision
 
 #: int8 uses -127..127, so that the grid is symmetric; E4M3's largest finite number is 448
 _LARGEST = {Precision.INT8: 127.0, Precision.FP8: 448.0}
-_LEAST_SCALE = 2.0**-24  # fp16's smallest subnormal
+#: fp16's smallest number, for weights; for activations one whose reciprocal fp16 holds too
+_LEAST_SCALE = 2.0**-24
+_LEAST_ACTIVATION_SCALE = 2.0**-15
 #: significant bits of bfloat16; a number of so few bits in fp16's range is exact in all three types
 _BITS = 8
 
@@ -31,6 +33,12 @@ def storable_scales(scales: np.ndarray) -> np.ndarray:
     return (np.ceil(values / step) * step).astype(np.float32)
 
 
+def activation_scale(amax: float, precision: Precision) -> np.ndarray:
+    """The float32 scalar that maps ``amax`` to the largest quantized number, or to one less."""
+    scale = max(amax / largest_quantized(precision), _LEAST_ACTIVATION_SCALE)
+    return storable_scales(np.asarray(scale)).reshape(())
+
+
 def weight_scales(weight: np.ndarray, precision: Precision) -> np.ndarray:
     """float32 (columns,): one scale a column of a (rows, columns) weight; zeros get the least."""
     amax = np.abs(weight).max(axis=0)
@@ -48,17 +56,16 @@ def quantized_weight(weight: np.ndarray, scales: np.ndarray, precision: Precisio
     return np.clip(scaled, -largest, largest).astype(ml_dtypes.float8_e4m3fn)
 
 
-def fake_quantized(values: np.ndarray, scale: float, precision: Precision) -> np.ndarray:
+def fake_quantized(values: np.ndarray, scale: np.ndarray, precision: Precision) -> np.ndarray:
     """QuantizeLinear and DequantizeLinear of an activation, in float32 of the same shape.
 
     int8 saturates to -128..127 (ONNX's QuantizeLinear), E4M3 to +-448.
     """
-    scale = float(storable_scales(np.asarray(scale)))
-    scaled = values / np.float32(scale)
+    scaled = values / scale
     if precision is Precision.INT8:
-        return np.clip(np.rint(scaled), -128, 127) * np.float32(scale)
+        return np.clip(np.rint(scaled), -128, 127) * scale
     import ml_dtypes
 
     largest = largest_quantized(precision)
     rounded = np.clip(scaled, -largest, largest).astype(ml_dtypes.float8_e4m3fn)
-    return rounded.astype(np.float32) * np.float32(scale)
+    return rounded.astype(np.float32) * scale

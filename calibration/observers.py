@@ -49,7 +49,7 @@ class TensorSummary:
     exponent, histogram: int64 counts of the non-zero magnitudes in 2048 equal bins over
         [0, 2**exponent); None where only ranges were collected.
     channel_amax: float32, largest magnitude of each index of the last axis; None where that axis
-        changes its length (attention scores).
+        changes its length (attention scores), and without a histogram.
     """
 
     count: int
@@ -217,7 +217,8 @@ class Observer:
         if not (math.isfinite(minimum) and math.isfinite(maximum)):
             raise GraphError(f"values from {minimum} to {maximum}, expected finite ones")
         amax = max(-minimum, maximum)
-        self._update_channels(np.maximum(np.abs(low), np.abs(high)))
+        if self._histogram is not None:
+            self._update_channels(np.maximum(np.abs(low), np.abs(high)))
         self._grow(amax)
         self._update_counts(values.reshape(-1))
         if self._count:

@@ -17,12 +17,7 @@ import numpy as np
 from ..errors import GraphError
 from ..precision import Precision
 from .folding import fold
-from .formats import (
-    largest_quantized,
-    quantized_weight,
-    storable_scales,
-    weight_scales,
-)
+from .formats import activation_scale, quantized_weight, weight_scales
 from .smoothing import ActivationPlan
 from .workspace import WeightEdits, Workspace
 
@@ -83,9 +78,8 @@ class _Change:
         missing = [linear.node for linear in plan.linears if linear.node not in self._nodes]
         if missing:
             raise GraphError(f"the graph has no node {', '.join(missing)} to quantize")
-        scale = storable_scales(np.asarray(plan.amax / largest_quantized(self._precision)))
         pair = [
-            self._constant(f"{label}.input_scale", scale.reshape(())),
+            self._constant(f"{label}.input_scale", activation_scale(plan.amax, self._precision)),
             self._zero_point(f"{label}.input_zero_point", ()),
         ]
         quantize = self._node("QuantizeLinear", [source, *pair], f"{label}/QuantizeLinear")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..precision import Precision
-from .formats import fake_quantized, largest_quantized, quantized_weight, weight_scales
+from .formats import activation_scale, fake_quantized, quantized_weight, weight_scales
 from .linears import Linear
 from .observers import Observer
 from .table import CalibrationTable
@@ -100,7 +100,7 @@ def plan_activation(
         amax = smoothed_amax(table, linears[0].activation, rows, divisor)
         smoothed = rows if divisor is None else rows / divisor
         scaled = weight if divisor is None else weight * divisor[:, None]
-        quantized = fake_quantized(smoothed, amax / largest_quantized(precision), precision)
+        quantized = fake_quantized(smoothed, activation_scale(amax, precision), precision)
         scales = weight_scales(scaled, precision)
         dequantized = quantized_weight(scaled, scales, precision).astype(np.float32) * scales
         error = float(np.mean(np.square(quantized @ dequantized - products), dtype=np.float64))

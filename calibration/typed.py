@@ -1,13 +1,16 @@
-"""An fp32 graph as a strongly typed fp16 or bf16 graph.
+"""An fp32 graph, quantized or not, as a strongly typed fp16 or bf16 graph.
 
 Every float tensor inside takes the new type; inputs and outputs keep theirs. Casts stand only where
 an integer input becomes a number, before a float32 output, and around nodes kept in fp32.
+Quantized tensors and their zero points stay as they are; scales take the type of what is quantized,
+and a QuantizeLinear and its DequantizeLinear always have the same one.
 LayerNormalization keeps ``stash_type`` 1, that is float32 statistics: ConvBERT's epsilon of 1e-12
 is zero in fp16, and a row of equal numbers would divide by zero.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -17,20 +20,25 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..errors import GraphError
 from ..precision import Precision
+from .masks import float_constant, repair_mask_constants
+from .ranges import QUANTIZERS, float_tensors, kept_nodes
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
-_ELEMENT_TYPE = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
-#: What exporters multiply the mask with: transformers' float32 minimum, BERT's and Tensor2Tensor's
-#: own. The first is infinite in both half types, the second in fp16; 0 * inf is NaN.
-_KNOWN_MASK_CONSTANTS = (float(np.finfo(np.float32).min), -1e9)
-#: Zero after the softmax, and its sum with any plausible score stays inside fp16's 65504. Equal to
-#: ``traceable.MASK_CONSTANT``, which cannot be imported here without torch.
-_HALF_MASK_CONSTANT = -30000.0
-#: Conv takes bfloat16 from opset 22 on; between 20 and 22 the operators of an encoder only gained
-#: types, so the number alone changes.
-_BF16_OPSET = 22
+#: ONNX element type of each half precision
+ELEMENT_TYPE = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
+#: DequantizeLinear's largest output over its scale. A type that is not listed is not checked.
+_LARGEST_QUANTIZED = {
+    TensorProto.INT8: 127.0,
+    TensorProto.UINT8: 255.0,
+    TensorProto.FLOAT8E4M3FN: 448.0,
+}
+_MAX_SCALE_CHANGE = 1e-3
+_FP32_HINT = "keep it in fp32, or build with --bf16 or --fp32"
+_ONNX = ("", "ai.onnx")
+#: Newer opsets gave these attributes whose absence means what it always did.
+_GAINED_OPTIONS = {*QUANTIZERS, "Cast", "CastLike"}
 
 
 def typed_graph(
@@ -45,24 +53,33 @@ def typed_graph(
             node that reads them.
 
     Raises:
-        GraphError: a value out of the type's range (other than a known mask constant), a name in
-            ``keep_fp32`` that the graph lacks, a graph already typed, or one with control flow.
+        GraphError: a value out of the type's range (other than a mask constant), a scale that the
+            type cannot represent to 1e-3, a name in ``keep_fp32`` that the graph lacks, a graph
+            already typed, one with control flow, or one of an opset too old for the type.
     """
     typed = onnx.ModelProto()
     typed.CopyFrom(model)
     if precision is Precision.FP32:
         return typed
-    _require_convertible(typed)
-    _Typing(typed, precision, frozenset(keep_fp32)).apply()
-    if precision is Precision.BF16:
-        for scope in (typed, *typed.functions):
-            for opset in scope.opset_import:
-                if opset.domain in ("", "ai.onnx"):
-                    opset.version = max(opset.version, _BF16_OPSET)
+    require_convertible(typed)
+    repair_mask_constants(typed)
+    _Typing(typed, precision, keep_fp32).apply()
+    require_opset(typed, _needed_opset(typed, precision))
     return typed
 
 
-def _require_convertible(model: onnx.ModelProto) -> None:
+def _needed_opset(model: onnx.ModelProto, precision: Precision) -> int:
+    """Conv takes bfloat16 from opset 22 on, scales are half from 19 on. Every runtime reads FP8 from
+    21 on; ONNX Runtime and TensorRT-RTX do from 19 on."""
+    if precision is Precision.BF16:
+        return 22
+    if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+        return 21
+    return 19 if any(node.op_type in QUANTIZERS for node in model.graph.node) else 1
+
+
+def require_convertible(model: onnx.ModelProto) -> None:
+    """Raises GraphError: typed already, control flow, or a function that fixes its own type."""
     graph = model.graph
     if not any(tensor.data_type == TensorProto.FLOAT for tensor in graph.initializer):
         raise GraphError(
@@ -74,7 +91,7 @@ def _require_convertible(model: onnx.ModelProto) -> None:
             raise GraphError(f"node {node.name} ({node.op_type}) has a sub-graph, expected none")
     for function in model.functions:
         for node in function.node:
-            if _float_constant(node) is not None or _casts_to_float(node):
+            if float_constant(node) is not None or _casts_to_float(node):
                 raise GraphError(
                     f"function {function.domain}.{function.name} fixes its type to float32 in a "
                     f"{node.op_type}, expected a body generic in type"
@@ -85,12 +102,12 @@ def _require_convertible(model: onnx.ModelProto) -> None:
 class _Typing:
     """The conversion of one model, in place."""
 
-    def __init__(self, model: onnx.ModelProto, precision: Precision, keep: frozenset[str]) -> None:
+    def __init__(self, model: onnx.ModelProto, precision: Precision, keep: Iterable[str]) -> None:
         self._model, self._graph, self._precision = model, model.graph, precision
-        self._type = _ELEMENT_TYPE[precision]
-        self._float_names = _float_tensors(model)
-        self._weights = {tensor.name: tensor for tensor in self._graph.initializer}
-        self._kept = self._kept_nodes(keep)
+        self._type = ELEMENT_TYPE[precision]
+        self._float_names = float_tensors(model)
+        self._kept = kept_nodes(model, keep)
+        self._scales = scale_uses(model)
         self._nodes: list[onnx.NodeProto] = []
         #: element type each float tensor has under its own name
         self._native: dict[str, int] = {}
@@ -118,15 +135,6 @@ class _Typing:
         del self._graph.node[:]
         self._graph.node.extend(self._nodes)
         del self._graph.value_info[:]
-
-    def _kept_nodes(self, keep: frozenset[str]) -> set[int]:
-        nodes = self._graph.node
-        unknown = keep - {node.name for node in nodes} - set(self._weights)
-        if unknown:
-            raise GraphError(
-                f"keep_fp32 names {', '.join(sorted(unknown))}: no such node or initializer"
-            )
-        return {i for i, n in enumerate(nodes) if n.name in keep or not keep.isdisjoint(n.input)}
 
     def _type_weights(self) -> None:
         """Weights take the type of the nodes that read them; both, where both do."""
@@ -182,31 +190,111 @@ class _Typing:
             for attribute in node.attribute:
                 if attribute.name == "to":
                     attribute.i = self._type
-        constant = _float_constant(node)
+        constant = float_constant(node)
         if constant is not None:
-            converted = self._converted(constant, node.name or node.output[0])
+            converted = self._converted(constant, node.output[0])
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("value", converted))
 
-    def _converted(self, tensor: TensorProto, label: str) -> TensorProto:
+    def _converted(self, tensor: TensorProto, name: str) -> TensorProto:
+        if tensor.external_data:
+            raise GraphError(f"the values of {name} are external data, expected them in the model")
         values = numpy_helper.to_array(tensor)
-        if values.size == 1 and values.item() in _KNOWN_MASK_CONSTANTS:
-            values = np.full_like(values, _HALF_MASK_CONSTANT)
-        with np.errstate(over="ignore"):
-            converted = values.astype(_numpy_type(self._precision))
-        back = converted.astype(np.float32)
-        if not np.isfinite(back).all():
-            worst = values.flat[int(np.argmax(~np.isfinite(back)))]
-            raise GraphError(
-                f"tensor {label} holds {worst:g}, which {self._precision} cannot represent",
-                hint="keep it in fp32, or build with --bf16 or --fp32",
-            )
-        if values.size == 1 and values.item() != 0 and back.item() == 0:
-            raise GraphError(
-                f"constant {label} is {values.item():g}, which is 0 in {self._precision}",
-                hint="keep it in fp32, or build with --bf16 or --fp32",
-            )
+        converted = half_values(values, self._precision, name)
+        if name in self._scales:
+            _require_scale(values, converted, self._scales[name], name, self._precision)
         return numpy_helper.from_array(converted, tensor.name)
+
+
+def half_values(values: np.ndarray, precision: Precision, label: str) -> np.ndarray:
+    """float32 ``values`` rounded to the nearest in the half type.
+
+    Raises:
+        GraphError: one is out of range, or the only one vanishes; ``label`` names the tensor.
+    """
+    with np.errstate(over="ignore"):
+        converted = values.astype(_numpy_type(precision))
+    back = converted.astype(np.float32)
+    if not np.isfinite(back).all():
+        worst = values.flat[int(np.argmax(~np.isfinite(back)))]
+        raise GraphError(
+            f"tensor {label} holds {worst:g}, which {precision} cannot represent", hint=_FP32_HINT
+        )
+    if values.size == 1 and values.item() != 0 and back.item() == 0:
+        raise GraphError(
+            f"constant {label} is {values.item():g}, which is 0 in {precision}", hint=_FP32_HINT
+        )
+    return converted
+
+
+def scale_uses(model: onnx.ModelProto) -> dict[str, list[tuple[str, float]]]:
+    """By scale tensor: each node reading it, as (op type, largest quantized value; 0 unknown)."""
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    uses: dict[str, list[tuple[str, float]]] = collections.defaultdict(list)
+    for node in model.graph.node:
+        if node.op_type in QUANTIZERS:
+            zero_point = node.input[2] if len(node.input) > 2 else ""
+            kind = kinds.get(zero_point, kinds.get(node.input[0], TensorProto.UNDEFINED))
+            uses[node.input[1]].append((node.op_type, _LARGEST_QUANTIZED.get(kind, 0.0)))
+    return dict(uses)
+
+
+def _require_scale(
+    scale: np.ndarray,
+    converted: np.ndarray,
+    uses: Iterable[tuple[str, float]],
+    label: str,
+    precision: Precision,
+) -> None:
+    """A rounded scale moves every value by the same factor, so its error does not average out."""
+    back = converted.astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        change = np.abs(back / scale - 1)
+        good = (scale > 0) & (change <= _MAX_SCALE_CHANGE)
+        for op_type, largest in uses:
+            # QuantizeLinear may multiply by the reciprocal in the half type
+            used = 1 / back if op_type == "QuantizeLinear" else back * largest
+            good &= np.isfinite(used.astype(converted.dtype).astype(np.float32))
+    if not good.all():
+        worst = float(scale[~good].flat[0])
+        raise GraphError(
+            f"scale {label} holds {worst:g}, which becomes {float(back[~good].flat[0]):g} in "
+            f"{precision}: expected a change below {_MAX_SCALE_CHANGE:g}, and its reciprocal and "
+            "all it scales within the type's range",
+            hint=_FP32_HINT,
+        )
+
+
+def require_opset(model: onnx.ModelProto, minimum: int) -> None:
+    """Raise the declared opset to ``minimum``, in place, where no operator in use changes by it.
+
+    Raises:
+        GraphError: an operator of the graph means something else in the newer opset.
+    """
+    for scope in (model, *model.functions):
+        nodes = scope.graph.node if isinstance(scope, onnx.ModelProto) else scope.node
+        used = {node.op_type for node in nodes if node.domain in _ONNX} - _GAINED_OPTIONS
+        for opset in scope.opset_import:
+            if opset.domain not in _ONNX or opset.version >= minimum:
+                continue
+            for op_type in sorted(used):
+                if _interface(op_type, opset.version) != _interface(op_type, minimum):
+                    raise GraphError(
+                        f"the graph is of opset {opset.version} and needs {minimum}, where "
+                        f"{op_type} is another operator",
+                        hint="convbert-deploy export",
+                    )
+            opset.version = minimum
+
+
+def _interface(op_type: str, opset: int) -> tuple[object, ...]:
+    """What a node of the operator may say, element types aside."""
+    schema = onnx.defs.get_schema(op_type, opset)
+    attributes = {
+        name: (attribute.type, attribute.required, attribute.default_value.SerializeToString())
+        for name, attribute in schema.attributes.items()
+    }
+    return [(value.name, value.option) for value in schema.inputs], attributes
 
 
 def _numpy_type(precision: Precision) -> DTypeLike:
@@ -220,66 +308,4 @@ def _numpy_type(precision: Precision) -> DTypeLike:
 def _casts_to_float(node: onnx.NodeProto) -> bool:
     return node.op_type == "Cast" and any(
         attribute.name == "to" and attribute.i == TensorProto.FLOAT for attribute in node.attribute
-    )
-
-
-def _float_constant(node: onnx.NodeProto) -> TensorProto | None:
-    """The float32 tensor a Constant or ConstantOfShape holds, however it is spelt."""
-    if node.op_type == "ConstantOfShape" and not node.attribute:
-        return numpy_helper.from_array(np.zeros(1, np.float32))
-    if node.op_type not in ("Constant", "ConstantOfShape"):
-        return None
-    (attribute,) = node.attribute
-    if attribute.name == "value":
-        return attribute.t if attribute.t.data_type == TensorProto.FLOAT else None
-    if attribute.name == "value_float":
-        return numpy_helper.from_array(np.float32(attribute.f))
-    if attribute.name == "value_floats":
-        return numpy_helper.from_array(np.asarray(attribute.floats, np.float32))
-    return None
-
-
-def _float_tensors(model: onnx.ModelProto) -> frozenset[str]:
-    """Names of all float32 values of the graph.
-
-    Raises:
-        GraphError: the type of a value cannot be inferred.
-    """
-    weightless = onnx.ModelProto()
-    weightless.CopyFrom(_without_weights(model))
-    try:
-        inferred = onnx.shape_inference.infer_shapes(weightless).graph
-    except onnx.shape_inference.InferenceError as error:
-        raise GraphError(f"the graph's types do not fit together: {error}") from error
-    types = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*inferred.input, *inferred.output, *inferred.value_info)
-    }
-    for node in model.graph.node:
-        for name in node.output:
-            if name and not types.get(name):
-                raise GraphError(f"the type of {name}, output of {node.op_type}, is unknown")
-    return frozenset(name for name, kind in types.items() if kind == TensorProto.FLOAT)
-
-
-def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, its float weights as inputs: protobuf cannot hand 2 GiB to the checker."""
-    graph = onnx.GraphProto(name="types")
-    graph.node.extend(model.graph.node)
-    graph.output.extend(model.graph.output)
-    graph.value_info.extend(model.graph.value_info)
-    graph.input.extend(model.graph.input)
-    declared = {value.name for value in graph.input}
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
-            graph.initializer.append(tensor)
-        elif tensor.name not in declared:
-            graph.input.append(
-                helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
-    return helper.make_model(
-        graph,
-        opset_imports=model.opset_import,
-        functions=list(model.functions),
-        ir_version=model.ir_version,
     )
