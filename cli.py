@@ -14,16 +14,18 @@ from typing import Any
 import click
 
 from convbert_deploy import __version__
-from convbert_deploy.command_line import Cli, command_line, integers, progress, write_report
-
-PATH = click.Path(path_type=pathlib.Path)
-TASKS = (
-    "encoder",
-    "masked-lm",
-    "sequence-classification",
-    "token-classification",
-    "question-answering",
-    "multiple-choice",
+from convbert_deploy.command_line import (
+    PATH,
+    TASKS,
+    Cli,
+    calibrated_first,
+    command_line,
+    integers,
+    load_checkpoint,
+    precision_flags,
+    progress,
+    run_calibration,
+    write_report,
 )
 
 
@@ -33,18 +35,6 @@ TASKS = (
 @click.version_option(__version__, prog_name="convbert-deploy")
 def main() -> None:
     """Export ConvBERT checkpoints, build engines, prove them, time them, ask them."""
-
-
-def load_checkpoint(
-    path: pathlib.Path,
-    config: pathlib.Path | None = None,
-    tokenizer: pathlib.Path | None = None,
-    task: str | None = None,
-) -> Any:
-    from convbert_deploy.architecture import Task
-    from convbert_deploy.checkpoint import Checkpoint, CheckpointOptions
-
-    return Checkpoint.load(path, CheckpointOptions(config, tokenizer, Task(task) if task else None))
 
 
 @main.command()
@@ -98,14 +88,56 @@ def export(
     )
 
 
+@main.command()
+@click.argument("graph", type=PATH)
+@click.option("--data", required=True, type=PATH, help="JSONL of texts (labels are used), or npz")
+@precision_flags("int8", "fp8", "fp16", "bf16")
+@click.option("-o", "--output", type=PATH, help="[default: ./NAME.PRECISION.onnx]")
+@click.option(
+    "--method",
+    default="minmax",
+    type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
+    help="how a tensor's range is read off its values",
+)
+@click.option("--percentile", default=99.99, help="for --method percentile")
+@click.option("--samples", default=512, type=click.IntRange(min=1), help="texts at most")
+@click.option("--smoothquant", default="auto", help="auto (searched), off, or an alpha in 0.0-1.0")
+@click.option("--budget", help='such as "metric drop <= 0.3, agreement >= 99%": else all in 8 bits')
+@click.option("--budget-data", type=PATH, help="texts to judge the budget on  [default: --data]")
+@click.option("--table", type=PATH, help="statistics of an earlier run, instead of collecting")
+@click.option(
+    "--fp8-attention", is_flag=True, help="attention in fp8 too; fixed length engines only"
+)
+@click.option("--tokenizer", type=PATH, help="tokenizer.json, vocab.txt or folder")
+@click.option("--threads", type=int, help="CPU threads")
+@click.option("--json", "as_json", is_flag=True, help="the whole record")
+def calibrate(
+    graph: pathlib.Path,
+    data: pathlib.Path,
+    precision: str | None,
+    output: pathlib.Path | None,
+    tokenizer: pathlib.Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure GRAPH on real data; write it in another precision that keeps its answers."""
+    from convbert_deploy.checkpoint import tokenizer_files
+    from convbert_deploy.report_calibration import calibration_text
+
+    if precision is None:
+        raise click.UsageError("which precision? --int8, --fp8, --fp16 or --bf16")
+    target = output or pathlib.Path(f"{graph.stem}.{precision}.onnx")
+    files = tokenizer_files(tokenizer) if tokenizer else ()
+    result = run_calibration(graph, data, target, precision, tokenizer=files, **settings)
+    click.echo(json.dumps(result.to_json()) if as_json else calibration_text(result))
+
+
 @main.command("build-engine")
 @click.argument("graph", required=False, type=PATH)
-@click.option(
-    "-o", "--output", type=PATH, help="bundle to write  [default: ./NAME.PRECISION.engine]"
-)
-@click.option("--fp32", "precision", flag_value="fp32", help="32-bit floats  [default]")
-@click.option("--fp16", "precision", flag_value="fp16", help="16-bit floats")
-@click.option("--bf16", "precision", flag_value="bf16", help="bfloat16")
+@click.option("-o", "--output", type=PATH, help="[default: ./NAME.PRECISION.engine]")
+@precision_flags("fp32", "fp16", "bf16", "int8", "fp8")
+@click.option("--data", type=PATH, help="JSONL or npz: calibrate the fp32 GRAPH first")
+@click.option("--budget", help="what int8 may lose on --data, as in calibrate")
 @click.option(
     "--backend",
     default="auto",
@@ -118,6 +150,12 @@ def export(
     multiple=True,
     help="GPU of a tensorrt-rtx plan, such as SM89; repeat  [default: SM86 SM89 SM120]",
 )
+@click.option(
+    "--high",
+    default="fp16",
+    type=click.Choice(["fp16", "bf16", "fp32"]),
+    help="on a GPU, what an int8 or fp8 graph computes the rest in",
+)
 @click.option("--tokenizer", type=PATH, help="tokenizer.json, vocab.txt or folder")
 @click.option("--no-plugin", is_flag=True, help="leave the convolution to standard operators")
 @click.option("--json", "as_json", is_flag=True, help="print the manifest")
@@ -125,35 +163,47 @@ def build_engine(
     graph: pathlib.Path | None,
     output: pathlib.Path | None,
     precision: str | None,
+    data: pathlib.Path | None,
+    budget: str | None,
     backend: str,
     shapes: str,
     capabilities: tuple[str, ...],
+    high: str,
     tokenizer: pathlib.Path | None,
     no_plugin: bool,
     as_json: bool,
 ) -> None:
     """Build an engine bundle from GRAPH, or from the newest export in this folder."""
-    from convbert_deploy.build import DEFAULT_CAPABILITIES, BuildOptions
+    from convbert_deploy.build import BuildOptions
     from convbert_deploy.build import build_engine as run_build
     from convbert_deploy.checkpoint import tokenizer_files
     from convbert_deploy.graph import Graph, latest_graph
     from convbert_deploy.precision import Precision
     from convbert_deploy.shapes import ShapeProfile
 
+    files = tokenizer_files(tokenizer) if tokenizer else ()
     if graph is None:
         graph = latest_graph(pathlib.Path())
         progress(f"no GRAPH given: the newest export here is {graph}")
+    if data is not None:
+        folder = (output or graph).parent
+        graph = calibrated_first(graph, data, folder, precision, backend, files, budget)
+    elif budget is not None:
+        raise click.UsageError("--budget is judged on --data")
     options = BuildOptions(
-        precision=Precision(precision or "fp32"),
+        precision=Precision(precision) if precision else None,
+        high=Precision(high),
         backend=backend,
         profile=ShapeProfile.parse(shapes),
         plugin=not no_plugin,
-        compute_capabilities=capabilities or DEFAULT_CAPABILITIES,
-        tokenizer=tokenizer_files(tokenizer) if tokenizer else (),
+        compute_capabilities=capabilities,
+        tokenizer=files,
         command=command_line(),
     )
-    target = output or pathlib.Path(f"{graph.stem}.{options.precision}.engine")
-    engine = run_build(Graph.load(graph), target, options, progress)
+    loaded = Graph.load(graph)
+    name = graph.stem.removesuffix(f".{loaded.info.precision}")
+    target = output or pathlib.Path(f"{name}.{precision or loaded.info.precision}.engine")
+    engine = run_build(loaded, target, options, progress)
     manifest = engine.manifest
     if as_json:
         click.echo(json.dumps(manifest.to_json()))

@@ -54,7 +54,8 @@ class CalibrateOptions:
     method, percentile: how ranges are read off the statistics (``observers.METHODS``). samples:
     texts at most. smoothing: of 8-bit graphs. budget: what an 8-bit graph may lose, judged on
     ``budget_data`` (JSONL; the calibration data where None). table: statistics collected before on
-    this graph, instead of collecting them. tokenizer: files to use instead of the graph's.
+    this graph, instead of collecting them. fp8_attention: attention's products in FP8 too, which
+    TensorRT fuses for a fixed sequence length only. tokenizer: files to use instead of the graph's.
     """
 
     precision: Precision = Precision.INT8
@@ -64,6 +65,7 @@ class CalibrateOptions:
     smoothing: SmoothingOptions = dataclasses.field(default_factory=SmoothingOptions)
     budget: Budget | None = None
     budget_data: pathlib.Path | None = None
+    fp8_attention: bool = False
     table: pathlib.Path | None = None
     tokenizer: tuple[pathlib.Path, ...] = ()
     threads: int | None = None
@@ -73,6 +75,8 @@ class CalibrateOptions:
         check_method(self.method, self.percentile)
         if self.precision is Precision.FP32:
             raise InputError("the graph is fp32 already: expected int8, fp8, fp16 or bf16")
+        if self.fp8_attention and self.precision is not Precision.FP8:
+            raise InputError(f"fp8 attention in an {self.precision} graph, expected --fp8")
         if self.budget is not None and not self.precision.quantized:
             raise InputError(f"a budget chooses layers to quantize, and {self.precision} has none")
 
@@ -91,8 +95,19 @@ class CalibrationResult:
 
     path: pathlib.Path
     table: pathlib.Path
+    precision: Precision
     record: dict[str, Any]
     bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "calibration",
+            "graph": str(self.path),
+            "table": str(self.table),
+            "precision": self.precision.value,
+            "bytes": self.bytes,
+            **self.record,
+        }
 
 
 def calibrate(
@@ -156,7 +171,10 @@ def calibrate(
     )
     set_info(model, changed)
     write_graph(model, target, options.tokenizer or tokenizer_files(graph))
-    return CalibrationResult(target, table_path, record, target.stat().st_size)
+    size = sum(
+        file.stat().st_size for file in (target, pathlib.Path(f"{target}.data")) if file.is_file()
+    )
+    return CalibrationResult(target, table_path, options.precision, record, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +269,7 @@ def _eight_bit(
         table=table,
         samples=job.samples,
         precision=options.precision,
+        attention=options.fp8_attention,
         judge=judges.final(),
         scout=judges.scout(),
         threads=options.threads,
@@ -263,6 +282,7 @@ def _eight_bit(
         "budget": str(options.budget) if options.budget else None,
         # on a GPU what is not quantized is fp16, unless told otherwise
         "kept_fp32": [dataclasses.asdict(node) for node in kept],
+        "fp8_attention": options.fp8_attention,
         **result.to_json(),
     }
     return result.model, record

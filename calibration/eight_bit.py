@@ -10,6 +10,7 @@ from ..backends.base import RunnerOptions
 from ..evaluation.evaluation_report import EvaluationReport
 from ..precision import Precision
 from .activations import CollectOptions
+from .attention import attention_inputs
 from .budget import Budget
 from .collect import sample_rows
 from .judging import Judge
@@ -64,13 +65,14 @@ def losses(report: EvaluationReport) -> dict[str, float | None]:
 class Quantizer:
     """Makes and measures 8-bit variants of one workspace's graph.
 
-    judge: of the final graph; scout: of the search, on fewer texts.
+    judge: of the final graph; scout: of the search, on fewer texts. attention: its products too.
     """
 
     workspace: Workspace
     table: CalibrationTable
     samples: CalibrationSamples
     precision: Precision
+    attention: bool
     judge: Judge
     scout: Judge
     threads: int | None
@@ -96,7 +98,7 @@ class Quantizer:
             )
         chosen = [linear for plan in choice.quantized for linear in plan.linears]
         return QuantizationResult(
-            model=quantized_graph(self.workspace, choice.quantized, self.precision),
+            model=self._graph(choice.quantized),
             quantized=tuple(linear.name for linear in chosen),
             high=choice.high,
             smoothquant={
@@ -144,8 +146,11 @@ class Quantizer:
             self.progress("choosing ranges", index + 1, len(groups))
         return tuple(plans)
 
+    def _graph(self, plans: Sequence[ActivationPlan]) -> onnx.ModelProto:
+        products = attention_inputs(self.workspace.model(), self.table) if self.attention else ()
+        return quantized_graph(self.workspace, plans, self.precision, tuple(products))
+
     def _measure(self, judge: Judge, plans: Sequence[ActivationPlan]) -> EvaluationReport:
-        model = quantized_graph(self.workspace, plans, self.precision)
         options = RunnerOptions(threads=self.threads)
-        with self.workspace.runner(model, options=options) as runner:
+        with self.workspace.runner(self._graph(plans), options=options) as runner:
             return judge.report(runner)

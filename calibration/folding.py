@@ -9,6 +9,7 @@ the residual sum, and GELU is not linear: those need an explicit multiplication.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,18 +22,29 @@ if TYPE_CHECKING:
     import onnx
 
 
-def fold(weights: WeightEdits, model: onnx.ModelProto, plan: ActivationPlan) -> bool:
+def fold(
+    weights: WeightEdits,
+    model: onnx.ModelProto,
+    plan: ActivationPlan,
+    fixed: Collection[str] = (),
+) -> bool:
     """Divide the weights behind ``plan.activation``; False, and nothing done, where it is read
-    elsewhere too or made in another way than the two above."""
+    elsewhere too or made in another way than the two above.
+
+    fixed: tensors that must keep their values, because their ranges are in use.
+    """
     assert plan.divisor is not None
-    graph = _Reading(model)
+    graph = _Reading(model, fixed)
     if not graph.read_once(plan.activation):
         return False
     producer = graph.producer(plan.activation)
     if producer is None:
         return False
     if producer.domain == DOMAIN and producer.op_type == "DepthwiseConv1D":
-        weights.divide(producer.input[1], plan.divisor)
+        weight = producer.input[1]
+        if not graph.own_weights(weight):
+            return False
+        weights.divide(weight, plan.divisor)
         return True
     if producer.op_type == "Concat" and len(producer.input) == 2:
         return _fold_values(weights, graph, producer, plan.divisor)
@@ -40,21 +52,26 @@ def fold(weights: WeightEdits, model: onnx.ModelProto, plan: ActivationPlan) -> 
 
 
 class _Reading:
-    """Who makes and who reads a tensor."""
+    """Who makes and who reads a tensor. ``fixed`` ones count as read elsewhere too."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, fixed: Collection[str]) -> None:
         self._producers = {output: node for node in model.graph.node for output in node.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
             for name in node.input:
                 self._readers.setdefault(name, []).append(node)
-        self._outputs = {value.name for value in model.graph.output}
+        self._fixed = {value.name for value in model.graph.output} | set(fixed)
+        self._weights = {tensor.name for tensor in model.graph.initializer}
 
     def producer(self, tensor: str) -> onnx.NodeProto | None:
         return self._producers.get(tensor)
 
     def read_once(self, tensor: str) -> bool:
-        return len(self._readers.get(tensor, [])) == 1 and tensor not in self._outputs
+        return len(self._readers.get(tensor, [])) == 1 and tensor not in self._fixed
+
+    def own_weights(self, *names: str) -> bool:
+        """Whether all are initializers with one reader: equal weights of layers may be stored once."""
+        return all(name in self._weights and self.read_once(name) for name in names)
 
     def behind(self, tensor: str, *kinds: str) -> onnx.NodeProto | None:
         """The node that ends a chain of ``kinds``, walked from ``tensor`` towards the inputs along
@@ -88,6 +105,8 @@ def _fold_values(
     if add is None or matmul is None:
         return False
     bias, weight = add.input[1], matmul.input[1]
+    if not graph.own_weights(bias, weight):
+        return False
     queries_and_keys = weights.value(bias).shape[0] - len(divisor)
     whole = np.concatenate([np.ones(queries_and_keys, np.float32), divisor])
     weights.divide(weight, whole)

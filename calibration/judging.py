@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..backends.base import Runner
-from ..errors import InputError
+from ..errors import EngineError, InputError
 from ..evaluation.compare import Evaluator
-from ..evaluation.distance import DistanceMeter
+from ..evaluation.distance import DistanceMeter, all_finite
 from ..evaluation.evaluation_report import EvaluationReport
 from ..evaluation.labelled import read_labelled
-from ..evaluation.problem import problem_of
+from ..evaluation.problem import Problem, problem_of
 from ..serving.requests import InputLimits
 from ..serving.scorer import ScorerOptions
 from .samples import CalibrationSamples
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 #: positions a batch; larger batches are no faster per token
 _MAX_POSITIONS = 2048
+#: of outputs: all that are kept of the reference, and those of one batch
+_MAX_BYTES = 64 << 20
 
 
 class Judge(Protocol):
@@ -75,26 +78,50 @@ def judge_of_texts(
 
 
 class ArrayJudge:
-    """A judge by rows of token ids, which have no labels."""
+    """A judge by rows of token ids, which have no labels.
+
+    Holds the reference's outputs. Where those have a vector a token, of long data it compares
+    every n-th token of a row only, so that they stay below ``_MAX_BYTES``.
+    """
 
     def __init__(self, samples: CalibrationSamples, info: GraphInfo, reference: Runner) -> None:
+        """Runs ``reference``, which is open here and is not needed afterwards.
+
+        Raises:
+            EngineError: the reference computes NaN or infinity.
+        """
         options = ScorerOptions(
             limits=input_limits(info), labels=info.labels, problem_type=info.problem_type
         )
         self._samples, self._problem = samples, problem_of(options)
         self._names = info.task.output_names
+        wide = {
+            Problem.MASKS: info.architecture.vocab_size,
+            Problem.HIDDEN: info.architecture.hidden_size,
+        }
+        positions = sum(row.positions for row in samples.rows)
+        bytes_a_token = 4 * wide.get(self._problem, 0)
+        self._step = max(1, math.ceil(positions * bytes_a_token / _MAX_BYTES))
+        # a batch's own outputs are in memory as well
+        most = _MAX_BYTES // bytes_a_token if bytes_a_token else _MAX_POSITIONS
+        self._positions = max(1, min(_MAX_POSITIONS, most))
         self._reference = reference.name
-        self._expected = self._outputs(reference)
+        self._expected = {}
+        for index, outputs in self._outputs(reference):
+            if not all_finite([outputs]):
+                raise EngineError(
+                    f"{reference.name} computes NaN or infinity for {samples.place(index)}",
+                    hint="convbert-deploy verify ENGINE --against CHECKPOINT tells where it begins",
+                )
+            self._expected[index] = outputs
 
     def report(self, candidate: Runner) -> EvaluationReport:
         """Raises EngineError: other outputs or shapes than the reference's."""
-        import numpy as np
-
         meter = DistanceMeter(self._problem)
         failed = 0
-        for expected, got in zip(self._expected, self._outputs(candidate), strict=True):
-            failed += not all(np.isfinite(array).all() for array in got.values())
-            meter.add([expected], [got])
+        for index, got in self._outputs(candidate):
+            failed += not all_finite([got])
+            meter.add([self._expected[index]], [got])
         return EvaluationReport(
             candidate=candidate.name,
             reference=self._reference,
@@ -106,11 +133,19 @@ class ArrayJudge:
             distance=meter.result(),
         )
 
-    def _outputs(self, runner: Runner) -> list[dict[str, np.ndarray]]:
-        """Of each row, in the order of the batches."""
-        rows = []
-        for indices, batch in self._samples.batches(_MAX_POSITIONS):
+    def _outputs(self, runner: Runner) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Each row's index and its outputs by name."""
+        for indices, batch in self._samples.batches(self._positions):
             outputs = runner.infer(batch)
-            for index in range(len(indices)):
-                rows.append({name: outputs[name][index] for name in self._names})
-        return rows
+            for name in self._names:
+                if name not in outputs or len(outputs[name]) != len(indices):
+                    raise EngineError(
+                        f"{runner.name} has no output {name} with a row for each of {len(indices)}, "
+                        f"only {', '.join(outputs)}: expected a graph of the same task"
+                    )
+            for position, index in enumerate(indices):
+                yield index, {name: self._kept(outputs[name][position]) for name in self._names}
+
+    def _kept(self, output: np.ndarray) -> np.ndarray:
+        """Without what is not compared; a copy then, or all of the batch would stay in memory."""
+        return output if self._step == 1 else output[:: self._step].copy()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from ..errors import GraphError
 
 if TYPE_CHECKING:
     import onnx
@@ -66,13 +69,20 @@ def split_groups(model: onnx.ModelProto) -> int:
     A batched product with a weight of shape (groups, in, out) has no per-channel integer form that
     every runtime takes, and one activation scale would have to serve all groups. Returns how many
     were rewritten; the values are the same.
+
+    Raises:
+        GraphError: a product with a 3-D weight that is no grouped linear as ``export`` writes it.
     """
     from onnx import helper
 
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
+    readers: dict[str, list[onnx.NodeProto | None]] = {
+        # read by whoever runs the graph
+        value.name: [None]
+        for value in graph.output
+    }
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
@@ -83,11 +93,10 @@ def split_groups(model: onnx.ModelProto) -> int:
         if weight is None or len(weight.dims) != 3:
             continue
         chain = _grouped_chain(product, producers, readers)
-        source, result = chain[1].input[0], chain[-1].output[0]
+        source, result = chain[0].input[0], chain[-1].output[0]
         module = product.name.rpartition("/")[0]
         replaced[chain[-1].name] = _per_group(graph, helper, module, source, result, weight)
         dropped.update(node.name for node in chain)
-        graph.initializer.remove(weight)
     nodes = []
     for node in graph.node:
         nodes.extend(replaced.get(node.name, []))
@@ -99,31 +108,48 @@ def split_groups(model: onnx.ModelProto) -> int:
     return len(replaced)
 
 
+#: as ``TraceableGroupedLinear`` is traced; (batch, seq, groups, in) -> (batch, groups, seq, in)
+_CHAIN = ("Reshape", "Transpose", "MatMul", "Transpose", "Reshape")
+_BY_GROUP = [0, 2, 1, 3]
+
+
 def _grouped_chain(
     product: onnx.NodeProto,
-    producers: dict[str, onnx.NodeProto],
-    readers: dict[str, list[onnx.NodeProto]],
+    producers: Mapping[str, onnx.NodeProto],
+    readers: Mapping[str, Sequence[onnx.NodeProto | None]],
 ) -> list[onnx.NodeProto]:
-    """Transpose, Reshape, MatMul, Transpose, Reshape, as ``TraceableGroupedLinear`` is traced.
+    """The nodes of a grouped linear from its input to its output, ``_CHAIN``, each read by the next
+    alone.
 
     Raises:
         GraphError: something else surrounds the product.
     """
-    from ..errors import GraphError
 
-    before = producers.get(product.input[0])
-    first = producers.get(before.input[0]) if before is not None else None
-    (after,) = readers.get(product.output[0], [None])[:1]
-    (last,) = readers.get(after.output[0], [None])[:1] if after is not None else (None,)
-    chain = [before, first, product, after, last]
-    kinds = [node.op_type if node is not None else None for node in chain]
-    if kinds != ["Transpose", "Reshape", "MatMul", "Transpose", "Reshape"]:
+    def before(node: onnx.NodeProto | None) -> onnx.NodeProto | None:
+        alone = node is not None and len(readers[node.input[0]]) == 1
+        return producers.get(node.input[0]) if alone else None
+
+    def after(node: onnx.NodeProto | None) -> onnx.NodeProto | None:
+        found = readers.get(node.output[0], ()) if node is not None else ()
+        return found[0] if len(found) == 1 else None
+
+    turn, back = before(product), after(product)
+    chain = [before(turn), turn, product, back, after(back)]
+    kinds = tuple(node.op_type if node is not None else None for node in chain)
+    turns = [
+        _permutation(node) for node in chain if node is not None and node.op_type == "Transpose"
+    ]
+    if kinds != _CHAIN or turns != [_BY_GROUP, _BY_GROUP]:
         raise GraphError(
-            f"{product.name} multiplies by a 3-D weight between {kinds}, expected the reshapes and "
-            "transposes of a grouped linear",
+            f"{product.name} multiplies by a 3-D weight between {kinds} with permutations {turns}, "
+            f"expected a grouped linear: {_CHAIN} with {_BY_GROUP}",
             hint="export the checkpoint again with this version",
         )
     return [node for node in chain if node is not None]
+
+
+def _permutation(transpose: onnx.NodeProto) -> list[int]:
+    return next((list(a.ints) for a in transpose.attribute if a.name == "perm"), [])
 
 
 def _per_group(

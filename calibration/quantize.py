@@ -16,8 +16,10 @@ import numpy as np
 
 from ..errors import GraphError
 from ..precision import Precision
+from .attention import ProductInput
 from .folding import fold
 from .formats import activation_scale, quantized_weight, weight_scales
+from .linears import Linear
 from .smoothing import ActivationPlan
 from .workspace import WeightEdits, Workspace
 
@@ -26,24 +28,33 @@ if TYPE_CHECKING:
 
 
 def quantized_graph(
-    workspace: Workspace, plans: Sequence[ActivationPlan], precision: Precision
+    workspace: Workspace,
+    plans: Sequence[ActivationPlan],
+    precision: Precision,
+    products: Sequence[ProductInput] = (),
 ) -> onnx.ModelProto:
-    """The workspace's graph with the linears of ``plans`` in 8 bits; the rest is untouched.
+    """The workspace's graph with the linears of ``plans`` in 8 bits, and the inputs ``products`` of
+    attention's products; the rest is untouched.
 
     A plan's divisor goes into the weights that make the activation where nothing else reads it,
     otherwise into a Mul in front of the QuantizeLinear.
 
     Raises:
-        GraphError: a plan names a node or tensor that the graph lacks.
+        GraphError: a plan or product names a node or tensor that the graph lacks, or another one
+            than the node reads; two plans name one node; a divisor of another length than the
+            activation's rows; a scale that float16 cannot hold.
     """
     if not precision.quantized:
         raise GraphError(f"cannot quantize to {precision}, expected int8 or fp8")
     model = workspace.model()
     change = _Change(workspace, model, precision)
+    change.keep_ranges(products)
     # first all divisions of weights: a weight may be divided for one plan and stored for another
     smoothed = [change.smoothed(plan) for plan in plans]
     for plan, source in zip(plans, smoothed, strict=True):
         change.quantize(plan, source)
+    for product in products:
+        change.quantize_input(product)
     change.finish()
     return model
 
@@ -61,10 +72,17 @@ class _Change:
         #: nodes to insert behind the producer of a tensor
         self._behind: dict[str, list[onnx.NodeProto]] = {}
         self._replaced: set[str] = set()
+        self._fixed: frozenset[str] = frozenset()
+
+    def keep_ranges(self, products: Sequence[ProductInput]) -> None:
+        """No smoothing may divide what ``products`` read, or their ranges would be wrong."""
+        self._fixed = frozenset(self._named(p.node).input[p.index] for p in products)
 
     def smoothed(self, plan: ActivationPlan) -> str:
         """Name of the tensor to quantize: the activation, divided."""
-        if plan.divisor is None or fold(self._weights, self._model, plan):
+        for linear in plan.linears:
+            self._check(plan, linear)
+        if plan.divisor is None or fold(self._weights, self._model, plan, self._fixed):
             return plan.activation
         label = plan.linears[0].name
         factor = self._constant(f"{label}.smoothing", (1 / plan.divisor).astype(np.float32))
@@ -74,23 +92,51 @@ class _Change:
 
     def quantize(self, plan: ActivationPlan, source: str) -> None:
         """Put ``source`` and the weights that meet it into 8 bits."""
-        label = plan.linears[0].name
-        missing = [linear.node for linear in plan.linears if linear.node not in self._nodes]
-        if missing:
-            raise GraphError(f"the graph has no node {', '.join(missing)} to quantize")
-        pair = [
-            self._constant(f"{label}.input_scale", activation_scale(plan.amax, self._precision)),
+        dequantized = self._pair(plan.activation, source, plan.amax, plan.linears[0].name)
+        for linear in plan.linears:
+            node = self._named(linear.node)
+            self._check(plan, linear)
+            node.input[0] = dequantized
+            node.input[1] = self._weight(plan, linear.name, linear.weight)
+
+    def quantize_input(self, product: ProductInput) -> None:
+        """Put one input of a product of two activations into 8 bits."""
+        node = self._named(product.node)
+        source = node.input[product.index]
+        label = f"{product.node}.{'left' if product.index == 0 else 'right'}"
+        node.input[product.index] = self._pair(source, source, product.amax, label)
+
+    def _pair(self, behind: str, source: str, amax: float, label: str) -> str:
+        """QuantizeLinear and DequantizeLinear of ``source``, placed with what follows ``behind``."""
+        constants = [
+            self._constant(f"{label}.input_scale", activation_scale(amax, self._precision)),
             self._zero_point(f"{label}.input_zero_point", ()),
         ]
-        quantize = self._node("QuantizeLinear", [source, *pair], f"{label}/QuantizeLinear")
+        quantize = self._node("QuantizeLinear", [source, *constants], f"{label}/QuantizeLinear")
         dequantize = self._node(
-            "DequantizeLinear", [quantize.output[0], *pair], f"{label}/DequantizeLinear"
+            "DequantizeLinear", [quantize.output[0], *constants], f"{label}/DequantizeLinear"
         )
-        self._behind.setdefault(plan.activation, []).extend([quantize, dequantize])
-        for linear in plan.linears:
-            node = self._nodes[linear.node]
-            node.input[0] = dequantize.output[0]
-            node.input[1] = self._weight(plan, linear.name, linear.weight)
+        self._behind.setdefault(behind, []).extend([quantize, dequantize])
+        return dequantize.output[0]
+
+    def _named(self, name: str) -> onnx.NodeProto:
+        if name not in self._nodes:
+            raise GraphError(f"the graph has no node {name} to quantize")
+        return self._nodes[name]
+
+    def _check(self, plan: ActivationPlan, linear: Linear) -> None:
+        found = list(self._named(linear.node).input)
+        expected = [plan.activation, linear.weight]
+        if found != expected:
+            raise GraphError(
+                f"node {linear.node} reads {found}, expected {expected}: the plan is of another "
+                "graph, or quantizes the node twice"
+            )
+        if plan.divisor is not None and plan.divisor.shape != (linear.rows,):
+            raise GraphError(
+                f"the smoothing of {plan.activation} has shape {list(plan.divisor.shape)}, expected "
+                f"[{linear.rows}]"
+            )
 
     def _weight(self, plan: ActivationPlan, name: str, weight: str) -> str:
         """Store the weight in 8 bits behind a DequantizeLinear; the new name of its values."""
@@ -99,11 +145,13 @@ class _Change:
             values = values * plan.divisor[:, None]
         scales = weight_scales(values, self._precision)
         inputs = [
+            # named by the linear: equal weights of two layers are one initializer
             self._constant(
-                f"{weight}.{self._precision}", quantized_weight(values, scales, self._precision)
+                f"{name}.weight.{self._precision}",
+                quantized_weight(values, scales, self._precision),
             ),
-            self._constant(f"{weight}.scale", scales),
-            self._zero_point(f"{weight}.zero_point", scales.shape),
+            self._constant(f"{name}.weight.scale", scales),
+            self._zero_point(f"{name}.weight.zero_point", scales.shape),
         ]
         node = self._node("DequantizeLinear", inputs, f"{name}.weight/DequantizeLinear", axis=1)
         self._behind.setdefault("", []).append(node)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import GraphError, InputError
 from ..precision import Precision
 from .formats import activation_scale, fake_quantized, quantized_weight, weight_scales
 from .linears import Linear
@@ -85,13 +85,17 @@ def plan_activation(
     Args:
         weights: float32 (rows, columns) of each linear.
         rows: float32 (n, rows), sample rows of the activation.
+
+    Raises:
+        GraphError: the table lacks the activation, its channels' ranges (for smoothing), or its
+            histogram (for the table's method).
     """
     weight = np.concatenate([np.asarray(array, np.float32) for array in weights], axis=1)
     products = rows @ weight
     power = float(np.mean(np.square(products), dtype=np.float64)) or 1.0
-    channel_amax = table.tensors[linears[0].activation].channel_amax
     candidates: dict[float | None, np.ndarray | None] = {None: None}
-    if options.alpha is not None and channel_amax is not None:
+    if options.alpha is not None:
+        channel_amax = _channel_amax(table, linears[0].activation)
         alphas = ALPHAS if options.alpha == "auto" else (float(options.alpha),)
         found = {alpha: smoothing_divisor(channel_amax, weight, alpha) for alpha in alphas}
         candidates = candidates | found if options.alpha == "auto" else dict(found)
@@ -123,17 +127,31 @@ def smoothed_amax(
     table: CalibrationTable, activation: str, rows: np.ndarray, divisor: np.ndarray | None
 ) -> float:
     """The range by the table's method. Of a divided tensor the largest magnitude is known from the
-    channels'; other methods look at the sample rows, of which alone the divided values are known."""
+    channels', which also stands for the moving average; other methods look at the sample rows, of
+    which alone the divided values are known.
+
+    Raises:
+        GraphError: the table lacks what is needed.
+    """
     if divisor is None:
         return table.amax(activation)
-    channels = table.tensors[activation].channel_amax
-    assert channels is not None
-    largest = float((channels / divisor).max())
+    largest = float((_channel_amax(table, activation) / divisor).max())
     if table.method in ("minmax", "moving-average") or largest == 0:
         return largest or table.amax(activation)
     observer = Observer()
     observer.update(rows / divisor)
     return observer.summary().amax(table.method, percentile=table.percentile)
+
+
+def _channel_amax(table: CalibrationTable, activation: str) -> np.ndarray:
+    table.amax(activation, "minmax")  # refuses a tensor that was not observed
+    channels = table.tensors[activation].channel_amax
+    if channels is None:
+        raise GraphError(
+            f"the calibration table has no channels' ranges of {activation}, which smoothing needs",
+            hint="collect it again without --table, or --smoothquant off",
+        )
+    return channels
 
 
 def by_activation(linears: Sequence[Linear]) -> Mapping[str, tuple[Linear, ...]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..backends.base import RunnerOptions
-from ..errors import GraphError, PluginError
+from ..errors import GraphError, OutputError, PluginError
 
 if TYPE_CHECKING:
     import onnx
@@ -46,10 +46,14 @@ class Workspace:
 
         ``model`` is emptied of the weights that were written. Keep no reference to it: a protobuf
         message holds on to the memory of what was cleared until it is freed itself.
+
+        Raises:
+            OutputError: no room for a copy of the weights where temporary files go.
         """
         with tempfile.TemporaryDirectory(prefix="convbert-deploy-") as name:
             folder = pathlib.Path(name)
-            light = _moved_out(model, folder / _WEIGHTS)
+            with _room_for_temporary_files():
+                light = _moved_out(model, folder / _WEIGHTS)
             del model
             _return_free_memory()
             yield cls(folder, light)
@@ -88,7 +92,11 @@ class Workspace:
         """``model``, changed in place: its references replaced by the weights themselves."""
         from onnx import external_data_helper
 
+        moved = [tensor for tensor in model.graph.initializer if tensor.external_data]
         external_data_helper.load_external_data_for_model(model, str(self._folder))
+        for tensor in moved:
+            # set to its default, but written to the file
+            tensor.ClearField("data_location")
         return model
 
     @contextlib.contextmanager
@@ -103,6 +111,10 @@ class Workspace:
         """An open runner of ``model``, with ``outputs`` (tensors inside it) beside its own outputs.
 
         Our operators run as our kernels where the library is built, else by their functions.
+
+        Raises:
+            EngineError: ONNX Runtime cannot load the graph.
+            OutputError: no room where temporary files go.
         """
         import onnx
 
@@ -110,11 +122,12 @@ class Workspace:
 
         fp8 = any(t.data_type == onnx.TensorProto.FLOAT8E4M3FN for t in model.graph.initializer)
         known = {value.name for value in model.graph.output}
-        added = [name for name in outputs if name not in known]
+        added = [name for name in dict.fromkeys(outputs) if name not in known]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in added)
         path = self._folder / f"model{next(self._numbers)}.onnx"
         try:
-            path.write_bytes(model.SerializeToString())
+            with _room_for_temporary_files():
+                path.write_bytes(model.SerializeToString())
         finally:
             del model.graph.output[len(model.graph.output) - len(added) :]
         try:
@@ -173,6 +186,17 @@ def _moved_out(model: onnx.ModelProto, path: pathlib.Path) -> onnx.ModelProto:
     light = onnx.ModelProto()
     light.CopyFrom(model)
     return light
+
+
+@contextlib.contextmanager
+def _room_for_temporary_files() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write temporary files in {tempfile.gettempdir()}: {error.strerror or error}",
+            hint="free space there, or set TMPDIR to a folder with room for the graph",
+        ) from error
 
 
 def _return_free_memory() -> None:

@@ -9,6 +9,13 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from convbert_deploy.build_precision import (
+    CPU,
+    check_attention,
+    engine_capabilities,
+    engine_precision,
+    graph_in_precision,
+)
 from convbert_deploy.engine import (
     GOLDEN,
     GRAPH,
@@ -31,25 +38,23 @@ if TYPE_CHECKING:
     import onnx
 
 BACKENDS = ("auto", "onnxruntime", "tensorrt", "tensorrt-rtx")
-#: consumer and workstation GPUs that TensorRT-RTX 1.7 builds fp16 and bf16 for without one present
-DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
-
-_CPU = "onnxruntime-cpu"
-
 Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """plugin: run our operators as our kernels; False is the explicit --no-plugin.
-    compute_capabilities: GPUs a tensorrt-rtx plan is for. tokenizer: files to use instead of those
-    that came with the graph."""
+    """precision: None is the graph's own; a calibrated graph has no other. high: on a GPU, what a
+    graph in 8 bits computes the rest in. plugin: run our operators as our kernels; False is the
+    explicit --no-plugin. compute_capabilities: GPUs a tensorrt-rtx plan is for; empty is
+    ``DEFAULT_CAPABILITIES``, of which FP8 takes those that have it. tokenizer: files to use instead
+    of those that came with the graph."""
 
-    precision: Precision = Precision.FP32
+    precision: Precision | None = None
     backend: str = "auto"
+    high: Precision = Precision.FP16
     profile: ShapeProfile = dataclasses.field(default_factory=ShapeProfile)
     plugin: bool = True
-    compute_capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
+    compute_capabilities: tuple[str, ...] = ()
     tokenizer: tuple[pathlib.Path, ...] = ()
     command: str = ""
 
@@ -80,13 +85,21 @@ def build_engine(
     """
     options = options or BuildOptions()
     backend = resolve_backend(options.backend)
+    precision = engine_precision(graph, options.precision, backend)
+    options = dataclasses.replace(
+        options,
+        precision=precision,
+        compute_capabilities=engine_capabilities(options.compute_capabilities, precision),
+    )
     profile = options.profile.limited_to(graph.info.architecture.max_position_embeddings)
-    progress(f"typing the graph as {options.precision}")
-    model = _in_precision(graph.model, options.precision, backend)
+    if backend.startswith("tensorrt"):
+        check_attention(graph, profile)
+    progress(f"the graph in {precision} for {backend}")
+    model = graph_in_precision(graph, precision, options.high, backend)
     if options.plugin:
         model = for_our_kernels(model, backend)
     with atomic_directory(target) as folder:
-        progress(f"building for {backend}")
+        progress("building")
         if backend.startswith("onnxruntime"):
             built = _build_onnxruntime(model, folder, backend, options)
         else:
@@ -135,12 +148,11 @@ def check_golden(engine: Engine) -> float:
     return difference
 
 
-def _in_precision(model: onnx.ModelProto, precision: Precision, backend: str) -> onnx.ModelProto:
-    """A typed graph; for the CPU, half-precision weights and float32 arithmetic."""
-    from convbert_deploy.calibration import stored_graph, typed_graph
-
-    change = stored_graph if backend == _CPU else typed_graph
-    return change(model, precision)
+def _arithmetic(options: BuildOptions, backend: str) -> str:
+    assert options.precision is not None
+    if options.precision.quantized:
+        return f"{options.precision}, {Precision.FP32 if backend == CPU else options.high}"
+    return str(Precision.FP32 if backend == CPU else options.precision)
 
 
 def for_our_kernels(model: onnx.ModelProto, backend: str) -> onnx.ModelProto:
@@ -151,7 +163,7 @@ def for_our_kernels(model: onnx.ModelProto, backend: str) -> onnx.ModelProto:
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    if backend != _CPU:
+    if backend != CPU:
         copy = fuse(copy)
     kept = [function for function in copy.functions if function.domain != DOMAIN]
     del copy.functions[:]
@@ -166,8 +178,7 @@ def _build_onnxruntime(
 
     library = ort_library() if options.plugin else None
     write_model(model, folder / GRAPH)
-    arithmetic = Precision.FP32 if backend == _CPU else options.precision
-    target = {"platform": platform_name(), "arithmetic": arithmetic}
+    target = {"platform": platform_name(), "arithmetic": _arithmetic(options, backend)}
     return _Built(library, len(nodes_of(model)) if library else 0, target, {})
 
 
@@ -193,7 +204,7 @@ def _build_plan(
     (folder / PLAN).write_bytes(plan.data)
     target = {
         "platform": platform_name(),
-        "arithmetic": options.precision,
+        "arithmetic": _arithmetic(options, backend),
         "compute_capabilities": list(plan_options.compute_capabilities) or ["this GPU"],
     }
     return _Built(library, plan.facts.plugin_layers, target, plan.facts.to_json())
@@ -240,6 +251,7 @@ def _manifest(
         target=built.target,
         plan=built.plan,
         chain=(*info.chain, graph.origin()),
+        calibration=info.calibration,
         versions={package: version for package, version in versions().items() if version},
         command=options.command,
         golden_max_abs=None,

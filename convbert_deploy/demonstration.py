@@ -1,4 +1,5 @@
-"""The main job on a sample: export, build, verify, bench, answer; one report at the end."""
+"""The main job on a sample: export, calibrate, build, verify, evaluate, bench, answer; one report
+at the end."""
 
 from __future__ import annotations
 
@@ -10,20 +11,25 @@ from typing import Any
 
 from convbert_deploy.benchmark import BenchmarkReport, BenchOptions
 from convbert_deploy.build import BuildOptions, build_engine
+from convbert_deploy.calibration.calibrating import CalibrateOptions, Progress, calibrate
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.engine import Engine
 from convbert_deploy.engine_benchmark import BenchRequest, bench
 from convbert_deploy.errors import ConvBertDeployError
+from convbert_deploy.evaluation.evaluating import evaluate
 from convbert_deploy.exporting import ExportOptions, export
 from convbert_deploy.graph import Graph
 from convbert_deploy.parity import ParityReport
 from convbert_deploy.precision import Precision
 from convbert_deploy.provenance import atomic_file
 from convbert_deploy.report import to_markdown
+from convbert_deploy.report_calibration import calibration_text
+from convbert_deploy.report_evaluation import evaluation_text
 from convbert_deploy.verification import VerifyOptions, verify
 
 _ANSWERED_LINES = 200
 _SHOWN_LINES = 3
+_CALIBRATION_LINES = 128
 _BENCH = BenchOptions(min_time_s=1.0, max_runs=200)
 
 
@@ -59,6 +65,12 @@ def demo(
     if exported.parity:
         sections.append(_section(exported.parity))
     engines, skipped = _build(graph, folder, progress)
+    answered, calibration = _split(texts, folder)
+    progress("calibrate")
+    quantized, losses = _quantized(graph_path, calibration, progress)
+    more, also_skipped = _build(quantized, folder, progress)
+    engines, skipped = engines + more, skipped + also_skipped
+    sections += ["## INT8", losses]
     reports: list[ParityReport] = []
     sections.append("## Engines")
     for engine, in_graph in engines:
@@ -71,10 +83,13 @@ def demo(
     runnable = tuple(engine.path for engine, in_graph in engines if not in_graph)
     request = BenchRequest(runnable, baseline=checkpoint, options=_BENCH)
     sections += ["## Latency and throughput", _section(bench(request, progress))]
-    sections += ["## Answers", _answers(engines[0][0].path, texts)]
+    progress("evaluate")
+    evaluated = evaluate(more[0][0], answered, checkpoint)
+    sections += ["## INT8 on labelled texts", f"```\n{evaluation_text(evaluated)}\n```"]
+    sections += ["## Answers", _answers(engines[0][0].path, answered)]
     with atomic_file(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n")
-    passed = all(report.passed for report in reports)
+    passed = all(report.passed for report in (*reports, evaluated))
     return DemoResult(folder / "report.md", passed)
 
 
@@ -88,11 +103,14 @@ def _build(
         ("onnxruntime", Precision.FP16),
         ("tensorrt-rtx", Precision.FP16),
     ]
+    if graph.info.precision is not Precision.FP32:
+        wanted = [(backend, graph.info.precision) for backend in ("onnxruntime", "tensorrt-rtx")]
+        stem = stem.removesuffix(f".{graph.info.precision}")
     engines: list[tuple[Engine, bool]] = []
     skipped: list[str] = []
     for backend, precision in wanted:
         target = folder / f"{stem}.{backend}.{precision}.engine"
-        options = BuildOptions(precision, backend, command="convbert-deploy demo")
+        options = BuildOptions(precision=precision, backend=backend, command="convbert-deploy demo")
         progress(f"build {target.name}")
         try:
             engine = build_engine(graph, target, options, progress)
@@ -104,6 +122,27 @@ def _build(
             continue
         engines.append((engine, engine.manifest.golden_max_abs is None))
     return engines, skipped
+
+
+def _split(texts: pathlib.Path, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Lines to answer and to be judged by, and other lines to calibrate with."""
+    lines = texts.read_text().splitlines(keepends=True)
+    parts = lines[:_ANSWERED_LINES], lines[_ANSWERED_LINES:] or lines
+    paths = folder / "answered.jsonl", folder / "calibration.jsonl"
+    for path, part in zip(paths, parts, strict=True):
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(part))
+    return paths
+
+
+def _quantized(
+    graph: pathlib.Path, data: pathlib.Path, progress: Callable[[str], None]
+) -> tuple[Graph, str]:
+    """The INT8 graph, and what calibration found as text."""
+    target = graph.with_suffix(".int8.onnx")
+    options = CalibrateOptions(samples=_CALIBRATION_LINES, command="convbert-deploy demo")
+    result = calibrate(graph, data, target, options, Progress(note=progress))
+    return Graph.load(target), f"```\n{calibration_text(result)}\n```"
 
 
 def _section(report: ParityReport | BenchmarkReport) -> str:

@@ -33,7 +33,8 @@ _SCHEMA = 1
 class Manifest:
     """What an engine is, where it comes from and where it runs.
 
-    chain: checkpoint first, the exported graph last. target: the machine it was built for
+    chain: checkpoint first, the graph it was built from last. calibration: what ``calibrate``
+    decided and measured for that graph, None for an exported one. target: the machine it was built for
     (``platform``, and for plans ``compute_capabilities``). plugin_nodes: our operators
     that run as our kernels, 0 under ``--no-plugin``. golden_max_abs: what the self-check measured,
     None where the plan cannot run on the machine that built it. files: sha256 by relative path.
@@ -53,6 +54,7 @@ class Manifest:
     target: dict[str, Any]
     plan: dict[str, Any]
     chain: tuple[Origin, ...]
+    calibration: dict[str, Any] | None
     versions: dict[str, str]
     command: str
     golden_max_abs: float | None
@@ -169,7 +171,7 @@ class Engine:
     def _backend_runner(self, options: RunnerOptions | None) -> Runner:
         manifest = self.manifest
         if manifest.backend.startswith("onnxruntime"):
-            from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
+            from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner, session_config
             from convbert_deploy.plugin_library import ort_library
 
             return OnnxRuntimeRunner(
@@ -177,6 +179,7 @@ class Engine:
                 options,
                 library=ort_library() if manifest.plugin_nodes else None,
                 cuda=manifest.backend == "onnxruntime-cuda",
+                config=session_config(manifest.precision),
                 name=self.label,
             )
         from convbert_deploy.backends.tensorrt import TensorRTRunner

@@ -161,7 +161,10 @@ def _parsed(path: pathlib.Path) -> onnx.ModelProto:
     import onnx
 
     model = onnx.ModelProto()
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
+    with (
+        path.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as bytes_,
+    ):
         view = memoryview(bytes_)
         try:
             model.ParseFromString(view)
@@ -225,7 +228,7 @@ def write_graph(
 
 
 def latest_graph(folder: pathlib.Path) -> pathlib.Path:
-    """The newest export in ``folder``.
+    """The newest export in ``folder``; what was calibrated from one does not count.
 
     Raises:
         GraphError: none there.
@@ -233,10 +236,11 @@ def latest_graph(folder: pathlib.Path) -> pathlib.Path:
     by_age = sorted(folder.glob("*.onnx"), key=lambda p: p.stat().st_mtime, reverse=True)
     for path in by_age:
         try:
-            read_info(path)
+            info = read_info(path)
         except GraphError:
             continue
-        return path
+        if info.precision is Precision.FP32:
+            return path
     raise GraphError(
         f"no exported graph in {folder}", hint="convbert-deploy export --ckpt CHECKPOINT"
     )

@@ -32,7 +32,8 @@ def verify(
     options: VerifyOptions | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ParityReport:
-    """Compare every output on every shape, and look for NaN and Inf inside where possible.
+    """Compare every output on every shape, look for NaN and Inf inside where possible, and at the
+    form of quantized graphs.
 
     The reference of a ``masked`` engine is each row alone, without its pads; that of an ``hf``
     engine is the same padded batch.
@@ -54,7 +55,7 @@ def verify(
     )
     backend = "onnx" if options.graph else manifest.backend
     with reference, runner as candidate:
-        return compare(
+        report = compare(
             reference,
             candidate,
             parity_batches(manifest.architecture, manifest.task, shapes, options.seed),
@@ -65,6 +66,19 @@ def verify(
                 progress=progress,
             ),
         )
+    faults = _structural_faults(engine)
+    return dataclasses.replace(report, reasons=(*faults, *report.reasons)) if faults else report
+
+
+def _structural_faults(engine: Engine) -> list[str]:
+    """What is wrong with the Q/DQ nodes of an engine's graph, though its answers may be close."""
+    if not engine.manifest.precision.quantized:
+        return []
+    import onnx
+
+    from convbert_deploy.calibration.quantization_check import quantization_faults
+
+    return quantization_faults(onnx.load(engine.path / GRAPH))
 
 
 def check_chain(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -99,11 +113,12 @@ def candidate_runner(engine: Engine, options: RunnerOptions, *, graph: bool = Fa
     if not graph:
         _check_gpu(engine)
         return engine.runner(options)
-    from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
+    from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner, session_config
 
     return OnnxRuntimeRunner(
         engine.path / GRAPH,
         options,
+        config=session_config(engine.manifest.precision),
         library=_library(engine),
         name=f"graph of {engine.label} in ONNX Runtime",
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from convbert_deploy.backends.base import Batch, RunnerOptions
 from convbert_deploy.errors import EngineError, MissingDependencyError
+from convbert_deploy.precision import Precision
 
 _ERRORS_ONLY = 3
 #: The CPU provider's fused residual + LayerNorm is slow: 6 layers, hidden 384, 8x128, one thread,
@@ -42,6 +43,11 @@ def cuda_available() -> bool:
     from convbert_deploy.environment import environment
 
     return bool(environment().gpus)
+
+
+def session_config(precision: Precision) -> Mapping[str, str]:
+    """Entries that a graph of this precision needs."""
+    return NO_INTEGER_FUSION if precision is Precision.FP8 else {}
 
 
 class OnnxRuntimeRunner:

@@ -23,6 +23,10 @@ from convbert_deploy.shapes import ShapeProfile
 _NO_KERNEL = frozenset({"signal", "wait", "shape_call", "shape", "constant"})
 _LISTED_LAYER = re.compile(r"^Name: (.*?), LayerType: (\w+)", re.MULTILINE)
 _SCRATCH = re.compile(r"Max Scratch Memory: (\d+) bytes")
+#: A matrix product and the type of its left side; the types of a list come in its order.
+_LISTED_GEMM = re.compile(
+    r"^Name: (.*?), LayerType: gemm, Inputs: \[ \{[^}]*?Datatype: (\w+)", re.MULTILINE
+)
 #: TensorRT names the kernel of a whole attention ``_gemm_mha_v2``.
 _FUSED_ATTENTION = "_mha_"
 
@@ -52,16 +56,19 @@ class PlanFacts:
 
     ``kernels`` counts launches by TensorRT's layer class (TensorRT-RTX: kgen, gemm, runtime_fusion,
     correlation, custom_layer, ...); those that only order streams or compute shapes are left out.
-    ``scratch_bytes`` is at the profile's largest shape. Both are None where the builder did not
-    print its listing. The file's own digest is
-    no fact: TensorRT-RTX 1.7 numbers its internal tensors, and lays out its constants, by heap
-    address. Two new processes without address randomization (``setarch -R``) write equal bytes.
+    ``gemms`` counts those of class gemm by the type they multiply (Half, BFloat16, Float, Int8,
+    FP8); products that were fused into larger kernels are not among them. ``scratch_bytes`` is at
+    the profile's largest shape. All are None where the builder did not print its listing. The
+    file's own digest is no fact: TensorRT-RTX 1.7 numbers its internal tensors, and lays out its
+    constants, by heap address. Two new processes without address randomization (``setarch -R``)
+    write equal bytes.
     """
 
     runtime: str
     network_layers: int
     plugin_layers: int
     kernels: dict[str, int] | None
+    gemms: dict[str, int] | None
     fused_attention: int | None
     scratch_bytes: int | None
     plan_bytes: int
@@ -130,6 +137,7 @@ def build_plan(graph: pathlib.Path | bytes, profile: ShapeProfile, options: Plan
         network_layers=network.num_layers,
         plugin_layers=plugin_layers,
         kernels=kernels,
+        gemms=None if kernels is None else _gemms(log),
         fused_attention=fused,
         scratch_bytes=max(map(int, scratch)) if scratch else None,
         plan_bytes=len(data),
@@ -282,3 +290,14 @@ def _listing(log: str) -> tuple[dict[str, int] | None, int | None]:
     kernels = collections.Counter(kind for _, kind in listed)
     fused = sum(_FUSED_ATTENTION in name for name, _ in listed)
     return dict(sorted(kernels.items())), fused
+
+
+def _gemms(log: str) -> dict[str, int]:
+    """Matrix products by the type of their left side."""
+    return dict(sorted(collections.Counter(kind for _, kind in listed_gemms(log)).items()))
+
+
+def listed_gemms(log: str) -> list[tuple[str, str]]:
+    """(layer name, type of its left side) of each kernel of class gemm in a DETAILED listing. The
+    name begins with that of the ONNX node."""
+    return _LISTED_GEMM.findall(log)

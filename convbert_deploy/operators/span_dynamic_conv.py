@@ -68,9 +68,7 @@ def translation() -> dict[Any, Any]:
         value: Any, kernel_logits: Any, mask: Any, num_heads: int, kernel_size: int
     ) -> Any:
         inputs = (value, kernel_logits) if mask is None else (value, kernel_logits, mask)
-        return operator(
-            *inputs, num_heads=num_heads, kernel_size=kernel_size, **PLUGIN_ATTRIBUTES
-        )
+        return operator(*inputs, num_heads=num_heads, kernel_size=kernel_size, **PLUGIN_ATTRIBUTES)
 
     return {torch_operator(): translate}
 
@@ -113,9 +111,7 @@ def append_convolution(
     split_heads = body.constant("split_heads", [0, 0, num_heads, -1])
     logits = body.node("Reshape", [kernel_logits, split_heads], ["logits"])
     weights = body.node("Softmax", [logits], ["weights"], axis=-1)
-    body.node(
-        "Split", [weights], [f"weight_{k}" for k in taps], axis=-1, num_outputs=kernel_size
-    )
+    body.node("Split", [weights], [f"weight_{k}" for k in taps], axis=-1, num_outputs=kernel_size)
     padded = body.node(
         "Pad", [value, body.constant("pads", [0, half, 0, 0, half, 0])], ["padded"], mode="constant"
     )

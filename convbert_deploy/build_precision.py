@@ -1,0 +1,106 @@
+"""What number format an engine may have, and the graph in it: rules of graph, backend and GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from convbert_deploy.errors import EngineError, GraphError
+from convbert_deploy.graph import Graph
+from convbert_deploy.precision import Precision
+from convbert_deploy.shapes import ShapeProfile
+
+if TYPE_CHECKING:
+    import onnx
+
+CPU = "onnxruntime-cpu"
+#: consumer and workstation GPUs that TensorRT-RTX 1.7 builds fp16 and bf16 for without one present
+DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
+_FIRST_WITH_FP8 = 89
+
+
+def engine_precision(graph: Graph, asked: Precision | None, backend: str) -> Precision:
+    """The precision of an engine of ``graph``; a calibrated graph decides it.
+
+    Raises:
+        GraphError: another precision than the calibrated graph's; int8 or fp8 of an fp32 graph.
+        EngineError: the backend cannot compute in it.
+    """
+    own = graph.info.precision
+    precision = asked or own
+    if own is not Precision.FP32 and precision is not own:
+        raise GraphError(
+            f"{graph.path} was calibrated as {own}, not {precision}",
+            hint=f"leave out --{precision}, or build from the fp32 graph",
+        )
+    if own is Precision.FP32 and precision.quantized:
+        raise GraphError(
+            f"{precision} needs ranges, and {graph.path} is an fp32 graph",
+            hint=f"build-engine --{precision} --data TEXTS.jsonl, or convbert-deploy calibrate",
+        )
+    if backend == CPU and precision is Precision.FP8:
+        raise EngineError(
+            "no CPU computes in fp8: expected a GPU of SM 89 or later",
+            hint="--int8, or --backend tensorrt-rtx --target SM89",
+        )
+    if backend == CPU and own in (Precision.FP16, Precision.BF16):
+        raise EngineError(
+            f"{graph.path} is typed {own} for GPUs; ONNX Runtime's CPU provider would cast around "
+            "every operator, or has none",
+            hint=f"build the CPU engine from the fp32 graph: its weights are stored as {own}",
+        )
+    return precision
+
+
+def engine_capabilities(asked: tuple[str, ...], precision: Precision) -> tuple[str, ...]:
+    """GPUs of a tensorrt-rtx plan.
+
+    Raises:
+        EngineError: FP8 for a GPU without it.
+    """
+    if precision is not Precision.FP8:
+        return asked or DEFAULT_CAPABILITIES
+    without = [name for name in asked if _number(name) < _FIRST_WITH_FP8]
+    if without:
+        raise EngineError(
+            f"{', '.join(without)} cannot compute in fp8: expected SM89 or later", hint="--int8"
+        )
+    return asked or tuple(n for n in DEFAULT_CAPABILITIES if _number(n) >= _FIRST_WITH_FP8)
+
+
+def _number(capability: str) -> int:
+    digits = capability.removeprefix("SM")
+    return int(digits) if digits.isdigit() else _FIRST_WITH_FP8
+
+
+def check_attention(graph: Graph, profile: ShapeProfile) -> None:
+    """Raises EngineError where attention is in fp8 and the sequence length is not fixed: TensorRT
+    then computes it in separate kernels, slower than in fp16."""
+    if not (graph.info.calibration or {}).get("fp8_attention"):
+        return
+    if profile.seq.min != profile.seq.max:
+        raise EngineError(
+            f"{graph.path} has its attention in fp8, which TensorRT fuses for a fixed sequence "
+            f"length only, and the profile has {profile.seq}",
+            hint="--shapes batch=1:8:32,seq=128:128:128, or calibrate without --fp8-attention",
+        )
+
+
+def graph_in_precision(
+    graph: Graph, precision: Precision, high: Precision, backend: str
+) -> onnx.ModelProto:
+    """The graph that the backend gets. On a CPU: 8-bit linears between float32, or half-precision
+    weights and float32 arithmetic. On a GPU: every tensor typed, what ``calibrate`` found out of
+    fp16's range left in float32."""
+    from convbert_deploy.calibration import stored_graph, typed_graph
+
+    own = graph.info.precision
+    if backend == CPU:
+        return graph.model if own.quantized else stored_graph(graph.model, precision)
+    if own in (Precision.FP16, Precision.BF16):
+        return graph.model
+    if not own.quantized:
+        return typed_graph(graph.model, precision)
+    record = graph.info.calibration or {}
+    names = {node["node"] for node in record.get("kept_fp32", ())}
+    keep = names if high is Precision.FP16 else ()
+    return typed_graph(graph.model, high, keep_fp32=keep)
