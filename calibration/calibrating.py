@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..architecture import Task
 from ..backends.base import RunnerOptions
 from ..environment import versions
 from ..errors import GraphError, InputError
@@ -233,14 +234,23 @@ class _Judges:
     def _of_samples(self, step: int) -> Judge:
         job = self._job
         rows = job.samples.rows[::step]
-        if self._data.suffix != ".npz":
+        # a bare encoder's outputs, for each token of each text, would outgrow the model
+        if self._data.suffix != ".npz" and job.info.task is not Task.ENCODER:
             return self._of_texts(self._data, tuple(row.number for row in rows))
         with self._reference() as reference:
             return ArrayJudge(dataclasses.replace(job.samples, rows=rows), job.info, reference)
 
     def _of_texts(self, path: pathlib.Path, lines: tuple[int, ...] | None) -> Judge:
+        budget = self._job.options.budget
         with self._reference() as reference:
-            return judge_of_texts(path, self._job.info, self._tokenizer, reference, lines=lines)
+            return judge_of_texts(
+                path,
+                self._job.info,
+                self._tokenizer,
+                reference,
+                lines=lines,
+                metric_needed=budget is not None and budget.metric_drop is not None,
+            )
 
     def _reference(self) -> contextlib.AbstractContextManager[Runner]:
         workspace = self._job.workspace

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ..backends.base import Runner
-from ..errors import EngineError, InputError
+from ..errors import EngineError, InputError, MissingDependencyError
 from ..evaluation.compare import Evaluator
 from ..evaluation.distance import DistanceMeter, all_finite
 from ..evaluation.evaluation_report import EvaluationReport
@@ -54,12 +55,18 @@ def judge_of_texts(
     reference: Runner,
     *,
     lines: Sequence[int] | None = None,
+    metric_needed: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Evaluator:
-    """A judge by texts, with the task's metric where they have labels. ``lines``: which, from 1.
+    """A judge by texts, with the task's metric where they have labels and its library is installed.
+
+    Args:
+        lines: which, from 1; None for all.
+        metric_needed: a library that is missing is an error.
 
     Raises:
         InputError: no tokenizer, or a line that cannot be read.
+        MissingDependencyError: a metric is needed, and the extra ``evaluate`` is not installed.
     """
     if tokenizer is None:
         raise InputError(
@@ -74,7 +81,14 @@ def judge_of_texts(
     )
     chosen = None if lines is None else frozenset(lines)
     data = read_labelled(path, tokenizer, options, lines=chosen)
-    return Evaluator(data, tokenizer, options, reference, progress=progress)
+    try:
+        return Evaluator(data, tokenizer, options, reference, progress=progress)
+    except MissingDependencyError:
+        if metric_needed:
+            raise
+    bare = tuple(dataclasses.replace(sample, gold=None) for sample in data.samples)
+    unlabelled = dataclasses.replace(data, samples=bare)
+    return Evaluator(unlabelled, tokenizer, options, reference, progress=progress)
 
 
 class ArrayJudge:

@@ -9,6 +9,8 @@ The same verbs as the command line::
     engine = cd.build_engine(cd.Graph.load("base.onnx"), Path("base.fp16.engine"),
                              cd.BuildOptions(precision=cd.Precision.FP16))
     assert cd.verify(engine, checkpoint).passed
+    cd.calibrate(Path("base.onnx"), Path("texts.jsonl"), Path("base.int8.onnx"),
+                 cd.CalibrateOptions(budget=cd.Budget.parse("agreement >= 99%")))
     print(cd.evaluate(engine, Path("labelled.jsonl"), checkpoint).metrics)
     with cd.open_scorer(engine) as scorer:
         print(scorer.score([cd.TextRequest("a fine film")]))
@@ -44,6 +46,10 @@ _HOME = {
     "evaluate": "evaluation.evaluating",
     "Evaluator": "evaluation.compare",
     "read_labelled": "evaluation.labelled",
+    "CalibrateOptions": "calibration.calibrating",
+    "calibrate": "calibration.calibrating",
+    "CalibrationTable": "calibration.table",
+    "SmoothingOptions": "calibration.smoothing",
     "Budget": "calibration.budget",
     "BenchRequest": "engine_benchmark",
     "bench": "engine_benchmark",

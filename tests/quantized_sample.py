@@ -1,4 +1,4 @@
-"""Fixtures of a whole session: the trained tagger of samples/, exported and calibrated once a precision.
+"""Fixtures of a session: the trained tagger of samples/, exported and calibrated once a precision.
 
 A test file takes them with ``pytest_plugins = ["quantized_sample"]``.
 """

@@ -176,7 +176,9 @@ def test_texts_need_a_tokenizer(tiny, tmp_path) -> None:
     assert _written(tmp_path) == {"texts.jsonl"}
 
 
-def test_tokenizer_given_by_hand_is_used_and_kept(tagger_graph, sample_path, sample_texts, tmp_path):
+def test_tokenizer_given_by_hand_is_used_and_kept(
+    tagger_graph, sample_path, sample_texts, tmp_path
+):
     bare = tmp_path / "bare.onnx"
     bare.write_bytes(tagger_graph.read_bytes())
     files = (sample_path / "tokenizer.json", sample_path / "tokenizer_config.json")
@@ -215,7 +217,11 @@ def test_another_method_from_the_same_table(tiny, method) -> None:
     other = tiny("other.onnx", table=first.table, method=method, percentile=99.0, smoothing=PLAIN)
     assert other.record["method"] == CalibrationTable.load(other.table).method == method
     scales = [
-        [numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer if "input_scale" in t.name]
+        [
+            numpy_helper.to_array(t)
+            for t in onnx.load(path).graph.initializer
+            if "input_scale" in t.name
+        ]
         for path in (first.path, other.path)
     ]
     assert all(ours <= theirs for theirs, ours in zip(*scales, strict=True))
@@ -438,7 +444,9 @@ def test_masks_that_destroy_integers_elsewhere_are_repaired(tiny, edited, form) 
     if form == "product, -inf":
         assert np.isnan(_logits(foreign)).all()
     notes: list[str] = []
-    repaired = tiny("repaired.onnx", graph=foreign, smoothing=PLAIN, progress=Progress(notes.append))
+    repaired = tiny(
+        "repaired.onnx", graph=foreign, smoothing=PLAIN, progress=Progress(notes.append)
+    )
     assert any("mask constants made finite" in note for note in notes)
     unbroken = tiny("unbroken.onnx", smoothing=PLAIN)
     if form.startswith("product"):

@@ -13,7 +13,7 @@ from convbert_deploy.architecture import Task
 from convbert_deploy.calibration import judging
 from convbert_deploy.calibration.judging import ArrayJudge, input_limits, judge_of_texts
 from convbert_deploy.calibration.samples import CalibrationSamples, read_samples
-from convbert_deploy.errors import EngineError, InputError
+from convbert_deploy.errors import EngineError, InputError, MissingDependencyError
 from convbert_deploy.golden import GoldenRequest
 from convbert_deploy.graph import GraphInfo
 from convbert_deploy.precision import Precision
@@ -194,6 +194,23 @@ def test_texts_need_a_tokenizer(texts):
         judge_of_texts(texts(info.task), info, None, Fake(info))
 
 
+def test_without_the_metrics_library_only_a_bound_on_the_metric_fails(
+    texts, tokenizer, monkeypatch
+):
+    def missing(problem, labels):
+        raise MissingDependencyError("sklearn", needed_for="accuracy", extra="evaluate")
+
+    monkeypatch.setattr("convbert_deploy.evaluation.compare.metrics_for", missing)
+    info = info_of(Task.SEQUENCE_CLASSIFICATION)
+    path, reference = texts(info.task, label="b"), Fake(info)
+
+    report = judge_of_texts(path, info, tokenizer, reference).report(Fake(info, 0.3))
+
+    assert report.metric_drop is None and report.mean_error > 0
+    with pytest.raises(MissingDependencyError, match="sklearn"):
+        judge_of_texts(path, info, tokenizer, reference, metric_needed=True)
+
+
 class Spoiled(Fake):
     """NaN or infinity for one of the texts."""
 
@@ -246,9 +263,11 @@ def test_outputs_with_a_vector_a_token_are_bounded(task, tokenizer, texts, monke
     """A vocabulary's logits of 512 texts would be gigabytes: fewer tokens and smaller batches."""
     info = info_of(task)
     samples = rows_of(texts(Task.ENCODER), info_of(Task.ENCODER), tokenizer)
+    # 6 of each length: without a bound all of them are one batch
+    samples = dataclasses.replace(samples, rows=samples.rows * 6)
     width = Fake(info)._width
     rows = sum(row.positions for row in samples.rows)
-    monkeypatch.setattr(judging, "_MAX_BYTES", rows * width * 4 // 3)
+    monkeypatch.setattr(judging, "_MAX_BYTES", rows * width * 4 // 12)
     reference = Fake(info)
 
     judge = ArrayJudge(samples, info, reference)
@@ -257,7 +276,7 @@ def test_outputs_with_a_vector_a_token_are_bounded(task, tokenizer, texts, monke
     held = sum(a.nbytes for outputs in judge._expected.values() for a in outputs.values())
     assert held <= judging._MAX_BYTES + len(samples.rows) * width * 4
     assert all(a.base is None for outputs in judge._expected.values() for a in outputs.values())
-    assert max(reference.positions) <= max(rows // 3, max(r.positions for r in samples.rows))
+    assert max(reference.positions) <= rows // 12
     # every row is still looked at
     assert report.distance.units >= len(samples.rows)
     assert report.mean_error == pytest.approx(0.3 * 2 / math.pi, rel=0.1)

@@ -70,6 +70,18 @@ def test_typed_graphs_have_no_fault(graphs, precision, high, keep):
     assert quantization_faults(typed) == []
 
 
+def test_a_change_of_type_between_pair_and_product_is_no_fault(int8):
+    product = node_of(int8, f"{NAME}/MatMul")
+    for index, name in enumerate(product.input):
+        node = helper.make_node("Cast", [name], [f"cast{index}"], to=TensorProto.FLOAT)
+        before = next(i for i, n in enumerate(int8.graph.node) if n.name == product.name)
+        int8.graph.node.insert(before, node)
+        assert quantization_faults(int8) == []
+        node_of(int8, product.name).input[index] = f"cast{index}"
+
+        assert quantization_faults(int8) == []
+
+
 def only_fault(model: onnx.ModelProto) -> str:
     (fault,) = quantization_faults(model)
     return fault
@@ -256,6 +268,11 @@ def eight_bits_read_by_something_else(model):
     model.graph.node.extend([node, helper.make_node("Neg", ["wide"], ["negative"], name="neg")])
 
 
+def zero_point_of_another_type(model):
+    (tensor,) = [t for t in model.graph.initializer if t.name == f"{NAME}.weight.zero_point"]
+    tensor.data_type = TensorProto.FLOAT8E4M3FN
+
+
 def an_output_of_the_graph(model):
     model.graph.output.append(onnx.ValueInfoProto(name=f"{NAME}/DequantizeLinear:0"))
 
@@ -281,6 +298,7 @@ def dequantizer_of_something_else(model):
         (sides_swapped, f"a weight is on the left of {SQUARE}/MatMul, expected on its right"),
         (weight_alone, "only its right side is in 8 bits, expected both"),
         (eight_bits_read_by_something_else, "neg reads its 8-bit values"),
+        (zero_point_of_another_type, "zero point of another type than the weight"),
         (an_output_of_the_graph, "its values are an output of the graph"),
         (
             dequantizer_of_something_else,
@@ -300,10 +318,11 @@ def test_each_fault_is_one_sentence_naming_the_node(int8, change, sentence):
 
 def test_columns_of_zeros_and_of_next_to_nothing_are_sound(int8):
     stored, scale = values(int8, f"{NAME}.weight.int8").copy(), values(int8, f"{NAME}.weight.scale")
-    stored[:, 4] = 0
+    stored[:, [4, 6]] = 0
     stored[:, 5] = stored[:, 5] // 100
     scale = scale.copy()
     scale[[4, 5]] = 2.0**-24
+    scale[6] = 0.5
     replace(int8, f"{NAME}.weight.int8", stored)
     replace(int8, f"{NAME}.weight.scale", scale)
 

@@ -244,8 +244,10 @@ def test_a_node_cannot_be_quantized_twice(tiny):
         quantized_graph(tiny, [plan, plan], Precision.INT8)
 
 
-def test_a_divisor_of_another_length_is_refused(tiny):
-    plan = plans_of(tiny, random_samples(4))[0]
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_divisor_of_another_length_is_refused(tiny, place):
+    """Where it becomes a multiplication, and where it goes into an earlier weight."""
+    plan = plans_of(tiny, random_samples(4))[place]
     wrong = dataclasses.replace(plan, divisor=np.ones(plan.linears[0].rows + 1, np.float32))
 
     with pytest.raises(GraphError, match=r"has shape \[65\], expected \[64\]"):

@@ -160,6 +160,17 @@ def test_layers_that_are_only_in_the_way_go_back_to_8_bits():
     assert choice.report.mean_error == pytest.approx(0.4)
 
 
+def test_the_least_sensitive_goes_back_first():
+    """Either 0 or 1 may; 1 loses less alone."""
+    measure = FakeMeasure([0.6, 0.5, 0.4, 0.01])
+    order = measure.order()
+    losses, measure._of = measure._of, lambda chosen: losses(chosen) + (5 if 2 in chosen else 0)
+
+    choice = choose(measure.plans, order, Budget(mean_error=0.9), measure, ignore)
+
+    assert high_indices(choice) == {0, 2}
+
+
 def test_no_layer_of_the_choice_could_be_spared():
     random = np.random.default_rng(0)
     for _ in range(30):

@@ -138,6 +138,18 @@ def test_auto_is_never_worse_than_none(precision, seed, outliers):
     assert (auto.alpha is None) == (auto.divisor is None)
 
 
+def test_auto_is_none_where_the_values_lie_on_the_grid():
+    """Multiples of 2^-7 up to 127 of them lose nothing as they are."""
+    values = np.round(activation() * 30).clip(-127, 127).astype(np.float32) / 128
+    values[0, 0] = 127 / 128
+    values[:, 5] = np.round(values[:, 5] * 16) / 128
+
+    found = plan(values, AUTO)
+
+    assert found.alpha is None and found.divisor is None
+    assert found.amax == 127 / 128
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
 def test_auto_is_the_best_of_all_and_a_fixed_alpha_is_used_as_given(alpha):
     values = activation(40.0)
