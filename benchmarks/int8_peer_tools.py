@@ -168,6 +168,7 @@ _LINEARS = {**_PRODUCTS, "attention": False}
 
 #: In the order of the table. products: every MatMul and Gemm, attention's among them; linears: those
 #: with weights. Min-max unless entropy is named; asymmetric activations unless symmetric is.
+#: ModelOpt quantizes the two sums of a layer's residuals unless Add is excluded.
 PEERS: dict[str, Make] = {
     "ORT dynamic, per tensor": _dynamic(),
     "ORT dynamic, per channel": _dynamic(per_channel=True),
@@ -192,11 +193,12 @@ PEERS: dict[str, Make] = {
     "ModelOpt, its defaults (entropy, the rest fp16)": _modelopt(),
     "ModelOpt, max, the rest fp16": _modelopt(calibration_method="max"),
     "ModelOpt, entropy, the rest fp32": _modelopt(high_precision_dtype="fp32"),
-    "ModelOpt, max, the rest fp32": _modelopt(
-        calibration_method="max", high_precision_dtype="fp32"
+    "ModelOpt, Add excluded, entropy, the rest fp16": _modelopt(op_types_to_exclude=["Add"]),
+    "ModelOpt, Add excluded, entropy, the rest fp32": _modelopt(
+        op_types_to_exclude=["Add"], high_precision_dtype="fp32"
     ),
-    "ModelOpt, max, the rest and attention fp32": _modelopt(
-        calibration_method="max", high_precision_dtype="fp32", disable_mha_qdq=True
+    "ModelOpt, Add excluded, max, the rest fp32": _modelopt(
+        op_types_to_exclude=["Add"], calibration_method="max", high_precision_dtype="fp32"
     ),
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..architecture import Task
 from ..backends.base import RunnerOptions
 from ..environment import versions
-from ..errors import GraphError, InputError
+from ..errors import GraphError, InputError, OutputError
 from ..graph import (
     Graph,
     GraphInfo,
@@ -26,7 +26,7 @@ from ..provenance import Origin, sha256_of_file
 from .activations import CollectOptions
 from .budget import Budget
 from .collect import collect
-from .judging import ArrayJudge, Judge, input_limits, judge_of_texts
+from .judging import ArrayJudge, Judge, input_limits, judge_of_texts, labelled
 from .linears import linears, split_groups
 from .masks import repair_mask_constants
 from .observers import check_method
@@ -136,10 +136,12 @@ def calibrate(
             f"{graph} is {info.precision} already, expected an fp32 graph",
             hint="calibrate the graph that convbert-deploy export wrote",
         )
+    _check_target(target, graph)
     tokenizer = _tokenizer(options.tokenizer or tokenizer_files(graph))
     samples = read_samples(
         data, limits=input_limits(info), tokenizer=tokenizer, samples=options.samples
     )
+    _check_labels(options, data, info, tokenizer)
     progress.note(f"{samples.samples} samples, {samples.tokens} tokens of {data.name}")
     digest = sha256_of_graph(graph)
     with Workspace.open(_prepared(graph, options.precision, progress)) as workspace:
@@ -171,11 +173,40 @@ def calibrate(
         calibration=record,
     )
     set_info(model, changed)
-    write_graph(model, target, options.tokenizer or tokenizer_files(graph))
+    try:
+        write_graph(model, target, options.tokenizer or tokenizer_files(graph))
+    except OutputError:
+        table_path.unlink(missing_ok=True)
+        raise
     size = sum(
         file.stat().st_size for file in (target, pathlib.Path(f"{target}.data")) if file.is_file()
     )
     return CalibrationResult(target, table_path, options.precision, record, size)
+
+
+def _check_target(target: pathlib.Path, graph: pathlib.Path) -> None:
+    """What would fail in the end is said before minutes of work."""
+    if target.is_dir():
+        raise OutputError(f"cannot write {target}: it is a directory")
+    if target.resolve() == graph.resolve():
+        raise OutputError(
+            f"cannot write {target}: it is the graph that is calibrated",
+            hint="another name with -o",
+        )
+
+
+def _check_labels(
+    options: CalibrateOptions, data: pathlib.Path, info: GraphInfo, tokenizer: Tokenizer | None
+) -> None:
+    """Raises InputError where a metric is bounded and the texts to judge it by have no labels."""
+    if options.budget is None or options.budget.metric_drop is None:
+        return
+    judged = options.budget_data or data
+    if judged.suffix == ".npz" or not labelled(judged, info, tokenizer):
+        raise InputError(
+            f"budget {options.budget} bounds the metric, and {judged.name} has no labels",
+            hint="label every line, or bound the agreement or the errors",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

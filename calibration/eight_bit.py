@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +129,10 @@ class Quantizer:
             return smoothed
         without = self._searched(every, rows, plain)
         errors = [self._measure(self.scout, plans).mean_error for plans in (smoothed, without)]
-        # written so that a NaN loses
-        return smoothed if errors[0] is not None and errors[0] <= (errors[1] or 0.0) else without
+        with_it, plain_error = (
+            math.inf if error is None or math.isnan(error) else error for error in errors
+        )
+        return smoothed if with_it <= plain_error else without
 
     def _searched(
         self, every: Sequence[Linear], rows: dict[str, Any], smoothing: SmoothingOptions

@@ -68,6 +68,32 @@ def judge_of_texts(
         InputError: no tokenizer, or a line that cannot be read.
         MissingDependencyError: a metric is needed, and the extra ``evaluate`` is not installed.
     """
+    tokenizer, options = _text_options(path, info, tokenizer)
+    chosen = None if lines is None else frozenset(lines)
+    data = read_labelled(path, tokenizer, options, lines=chosen)
+    try:
+        return Evaluator(data, tokenizer, options, reference, progress=progress)
+    except MissingDependencyError:
+        if metric_needed:
+            raise
+    bare = tuple(dataclasses.replace(sample, gold=None) for sample in data.samples)
+    unlabelled = dataclasses.replace(data, samples=bare)
+    return Evaluator(unlabelled, tokenizer, options, reference, progress=progress)
+
+
+def labelled(path: pathlib.Path, info: GraphInfo, tokenizer: Tokenizer | None) -> bool:
+    """Whether the texts have labels, by the first of them.
+
+    Raises:
+        InputError: no tokenizer, or a line that cannot be read.
+    """
+    tokenizer, options = _text_options(path, info, tokenizer)
+    return read_labelled(path, tokenizer, options, limit=1).labelled
+
+
+def _text_options(
+    path: pathlib.Path, info: GraphInfo, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, ScorerOptions]:
     if tokenizer is None:
         raise InputError(
             f"{path} holds text, and the graph has no tokenizer",
@@ -79,16 +105,7 @@ def judge_of_texts(
         problem_type=info.problem_type,
         padding="masked" if info.padding == "masked" else "hf",
     )
-    chosen = None if lines is None else frozenset(lines)
-    data = read_labelled(path, tokenizer, options, lines=chosen)
-    try:
-        return Evaluator(data, tokenizer, options, reference, progress=progress)
-    except MissingDependencyError:
-        if metric_needed:
-            raise
-    bare = tuple(dataclasses.replace(sample, gold=None) for sample in data.samples)
-    unlabelled = dataclasses.replace(data, samples=bare)
-    return Evaluator(unlabelled, tokenizer, options, reference, progress=progress)
+    return tokenizer, options
 
 
 class ArrayJudge:

@@ -151,9 +151,11 @@ def calibrated_first(
 
     if precision in (None, "fp32"):
         raise click.UsageError("--data calibrates: say --int8, --fp8, --fp16 or --bf16")
-    if precision in ("fp16", "bf16") and resolve_backend(backend) == CPU:
+    if precision != "int8" and resolve_backend(backend) == CPU:
         raise click.UsageError(
-            f"a CPU engine stores {precision} weights and computes in fp32: leave out --data"
+            "no CPU computes in fp8: --int8, or --backend tensorrt-rtx"
+            if precision == "fp8"
+            else f"a CPU engine stores {precision} weights and computes in fp32: leave out --data"
         )
     target = folder / f"{graph.stem}.{precision}.onnx"
     return run_calibration(graph, data, target, precision, tokenizer=tokenizer, budget=budget).path

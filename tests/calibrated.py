@@ -96,9 +96,15 @@ def run(
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
     opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    config = session_config(precision)
-    with OnnxRuntimeRunner.from_model(opened, config=config, optimize=optimize) as runner:
+    with runner_of(opened, precision, optimize=optimize) as runner:
         return runner.infer(batch)
+
+
+def runner_of(
+    model: onnx.ModelProto, precision: Precision = Precision.FP32, *, optimize: bool = True
+) -> OnnxRuntimeRunner:
+    """A runner, to be opened, for several batches."""
+    return OnnxRuntimeRunner.from_model(model, config=session_config(precision), optimize=optimize)
 
 
 def plans_of(

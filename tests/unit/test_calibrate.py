@@ -20,12 +20,15 @@ from convbert_deploy.calibration.calibrating import (
     Progress,
     calibrate,
 )
+from convbert_deploy.calibration.quantization_check import quantization_faults
 from convbert_deploy.calibration.smoothing import SmoothingOptions
 from convbert_deploy.calibration.table import CalibrationTable
 from convbert_deploy.errors import ConvBertDeployError, GraphError, InputError, OutputError
 from convbert_deploy.graph import Graph, sha256_of_graph, tokenizer_files
 from convbert_deploy.precision import Precision
 from convbert_deploy.provenance import sha256_of_file
+
+from quantized_sample import write_rows
 
 pytest_plugins = ["quantized_sample"]
 pytest.importorskip("tokenizers")
@@ -48,7 +51,8 @@ def tiny(classifier_graph, token_rows, tmp_path):
         progress: Progress | None = None,
         **options,
     ) -> CalibrationResult:
-        return calibrate(graph, data, tmp_path / name, CalibrateOptions(**options), progress)
+        options = CalibrateOptions(threads=1, **options)
+        return calibrate(graph, data, tmp_path / name, options, progress)
 
     return run
 
@@ -151,6 +155,19 @@ def test_every_linear_is_in_8_bits(calibrated, precision) -> None:
     assert len(merged) == 4, "q, k, v and the convolution's value are one product"
 
 
+@pytest.mark.parametrize(
+    ("precision", "attention"), [("int8", False), ("fp8", False), ("fp8", True)]
+)
+def test_the_form_of_what_is_written_is_right(calibrated, precision, attention) -> None:
+    result = calibrated(precision, **({"fp8_attention": True} if attention else {}))
+    model = onnx.load(result.path)
+    assert quantization_faults(model) == []
+    pairs = sum(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    # 7 activations a layer, q and k and v and the softmax's result in attention
+    assert pairs == SAMPLE_LINEARS + 16 * attention
+    assert result.record["fp8_attention"] == attention
+
+
 def test_smoothing_is_never_worse_than_none(calibrated) -> None:
     smoothed = calibrated("int8").record
     plain = calibrated("int8", smooth=False).record
@@ -161,7 +178,7 @@ def test_smoothing_is_never_worse_than_none(calibrated) -> None:
 
 def test_rows_of_ids_need_no_tokenizer(tiny, token_rows) -> None:
     record = tiny().record
-    assert (record["samples"], record["tokens"]) == (64, int(np.arange(5, 69).sum()))
+    assert (record["samples"], record["tokens"]) == (24, 2 * sum(range(5, 17)))
     assert record["data"] == "rows.npz"
     assert record["losses"]["metric_drop"] is None
     assert 0 < record["losses"]["mean_error"] < 0.05
@@ -280,19 +297,22 @@ class _Stopped(Exception):
 
 
 def test_an_interrupted_collection_goes_on_to_the_same_bytes(tiny, tmp_path) -> None:
-    whole = tiny("whole.onnx", smoothing=PLAIN)
+    """64 lengths are as many batches; the state is saved every 50."""
+    write_rows(tmp_path / "rows.npz", np.arange(5, 69))
+    options = {"data": tmp_path / "rows.npz", "smoothing": PLAIN}
+    whole = tiny("whole.onnx", **options)
 
     def stop(what: str, done: int, of: int) -> None:
         if what == "collecting ranges" and done == 60:
             raise _Stopped
 
     with pytest.raises(_Stopped):
-        tiny("parts.onnx", smoothing=PLAIN, progress=Progress(count=stop))
+        tiny("parts.onnx", **options, progress=Progress(count=stop))
     assert (tmp_path / "parts.calibration.partial.json").is_file()
     assert not (tmp_path / "parts.onnx").exists()
     notes, counted = [], []
     progress = Progress(notes.append, lambda *step: counted.append(step))
-    parts = tiny("parts.onnx", smoothing=PLAIN, progress=progress)
+    parts = tiny("parts.onnx", **options, progress=progress)
     assert any("going on from" in note for note in notes)
     collected = [done for what, done, _ in counted if what == "collecting ranges"]
     assert len(collected) < 64

@@ -41,7 +41,7 @@ def error_of(result, code: int = 3) -> tuple[str, str]:
     return error, next((line for line in lines if line.startswith("hint: ")), "")
 
 
-CALIBRATE = ("calibrate", "model.onnx", "--data", "rows.npz")
+CALIBRATE = ("calibrate", "model.onnx", "--data", "rows.npz", "--threads", "1")
 BUILD = ("build-engine", "model.onnx", "--backend", "onnxruntime")
 
 
@@ -57,7 +57,7 @@ def test_json_is_one_object_on_stdout(folder) -> None:
     assert record["bytes"] == (folder / "model.int8.onnx").stat().st_size
     assert len(record["quantized"]) == 10
     assert set(record["losses"]) == {"metric_drop", "agreement", "mean_error", "max_error", "kl"}
-    assert "collecting ranges: 64 of 64" in result.stderr
+    assert "collecting ranges: 24 of 24" in result.stderr
     info = read_info(folder / "model.int8.onnx")
     assert info.calibration["losses"] == record["losses"]
     assert str(folder) not in json.dumps(info.to_json()), "no path of this machine"
@@ -146,7 +146,7 @@ def test_a_metric_budget_on_texts_without_labels_exits_3(
     out = tmp_path / "out.onnx"
     arguments = ("--int8", "--smoothquant", "off", "--budget", "metric drop <= 0.3", "-o", out)
     error, hint = error_of(call("calibrate", tagger_graph, "--data", bare, *arguments))
-    assert "metric drop" in error and "labels" in hint
+    assert "metric drop" in error and "labels" in error + hint
     assert list(tmp_path.iterdir()) == [bare]
 
 

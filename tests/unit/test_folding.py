@@ -5,18 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from calibrated import (
-    exported,
-    node_of,
-    padded_batch,
-    plans_of,
-    random_samples,
-    run,
-    split,
-    tagger,
-    tagger_samples,
-    values,
-)
 from onnx import numpy_helper
 
 from convbert_deploy.calibration import quantize
@@ -26,6 +14,20 @@ from convbert_deploy.calibration.quantize import quantized_graph
 from convbert_deploy.calibration.smoothing import ActivationPlan, SmoothingOptions, by_activation
 from convbert_deploy.calibration.workspace import WeightEdits, Workspace
 from convbert_deploy.precision import Precision
+
+from calibrated import (
+    exported,
+    node_of,
+    padded_batch,
+    plans_of,
+    random_samples,
+    run,
+    runner_of,
+    split,
+    tagger,
+    tagger_samples,
+    values,
+)
 
 #: what is made by a depthwise convolution, and by the heads' context beside the dynamic convolution
 FOLDED = ("attention.self.pointwise", "attention.output.dense")
@@ -117,10 +119,11 @@ def test_every_layer_of_a_trained_tagger():
     changed, where = folded(model, plans_with_divisors(model))
 
     assert len(where) == 2 * 4
-    for _, batch in tagger_samples(6).batches(512):
-        one, other = run(model, batch)["logits"], run(changed, batch)["logits"]
-        # logits of up to 10
-        assert np.abs(one - other).max() < 2e-4
+    with runner_of(model) as before, runner_of(changed) as after:
+        for _, batch in tagger_samples(6).batches(512):
+            one, other = (runner.infer(batch)["logits"] for runner in (before, after))
+            # logits of up to 10
+            assert np.abs(one - other).max() < 2e-4
 
 
 def layer_norm_and_gelu(plan: ActivationPlan) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from calibrated import exported, node_of, padded_batch, run
 from onnx import numpy_helper
 
 from convbert_deploy.architecture import Task
 from convbert_deploy.calibration.linears import Linear, linears, share, split_groups
 from convbert_deploy.errors import GraphError
+
+from calibrated import exported, node_of, padded_batch, run
 
 #: hidden 64, two attention heads of 16, intermediate 128
 _FIXED = {

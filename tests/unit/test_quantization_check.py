@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from calibrated import node_of, padded_batch, plans_of, random_samples, run, split, values
 from onnx import TensorProto, helper, numpy_helper
 
 from convbert_deploy.calibration.quantization_check import quantization_faults
@@ -13,6 +12,8 @@ from convbert_deploy.calibration.quantize import quantized_graph
 from convbert_deploy.calibration.typed import typed_graph
 from convbert_deploy.calibration.workspace import Workspace
 from convbert_deploy.precision import Precision
+
+from calibrated import node_of, padded_batch, plans_of, random_samples, run, split, values
 
 NAME = "encoder.layer.0.output.dense"
 SQUARE = "encoder.layer.1.attention.output.dense"

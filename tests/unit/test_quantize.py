@@ -8,18 +8,6 @@ import dataclasses
 import numpy as np
 import onnx
 import pytest
-from calibrated import (
-    exported,
-    node_of,
-    padded_batch,
-    plans_of,
-    random_samples,
-    run,
-    split,
-    tagger,
-    tagger_samples,
-    values,
-)
 from onnx import TensorProto
 
 from convbert_deploy.calibration.attention import attention_inputs
@@ -37,6 +25,20 @@ from convbert_deploy.calibration.smoothing import SmoothingOptions
 from convbert_deploy.calibration.workspace import Workspace
 from convbert_deploy.errors import GraphError
 from convbert_deploy.precision import Precision
+
+from calibrated import (
+    exported,
+    node_of,
+    padded_batch,
+    plans_of,
+    random_samples,
+    run,
+    runner_of,
+    split,
+    tagger,
+    tagger_samples,
+    values,
+)
 
 BOTH = pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
 SIZES = pytest.mark.parametrize("size", ["tiny", "groups-2"])
@@ -322,8 +324,9 @@ def test_a_trained_tagger_keeps_its_tags(precision):
         split_plans = plans_of(workspace, samples, precision)
         model = workspace.complete(quantized_graph(workspace, split_plans, precision))
     words = same = 0
-    for _, batch in samples.batches(2048):
-        expected, found = (run(m, batch, precision)["logits"] for m in (tagger(), model))
-        words += expected[..., 0].size
-        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+    with runner_of(tagger()) as reference, runner_of(model, precision) as candidate:
+        for _, batch in samples.batches(2048):
+            expected, found = (r.infer(batch)["logits"] for r in (reference, candidate))
+            words += expected[..., 0].size
+            same += int((expected.argmax(-1) == found.argmax(-1)).sum())
     assert same / words > 0.985
