@@ -78,15 +78,20 @@ def int8_engine(calibrated: Callable[..., CalibrationResult]) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def token_rows(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """An .npz of 24 rows of random ids, 5 to 16 tokens long, for the tiny factory models."""
-    path = tmp_path_factory.mktemp("rows") / "rows.npz"
-    write_rows(path, np.tile(np.arange(5, 17), 2))
-    return path
+def rows_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[np.ndarray], pathlib.Path]:
+    """Writes an .npz of random ids for the tiny factory models: rows of these lengths, padded."""
+
+    def write(lengths: np.ndarray) -> pathlib.Path:
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+        ids = np.random.default_rng(0).integers(1, 500, mask.shape) * mask
+        path = tmp_path_factory.mktemp("rows") / "rows.npz"
+        np.savez(path, input_ids=ids, attention_mask=mask)
+        return path
+
+    return write
 
 
-def write_rows(path: pathlib.Path, lengths: np.ndarray) -> None:
-    """Random ids of rows of these lengths, padded on the right."""
-    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
-    ids = np.random.default_rng(0).integers(1, 500, mask.shape) * mask
-    np.savez(path, input_ids=ids, attention_mask=mask)
+@pytest.fixture(scope="session")
+def token_rows(rows_of: Callable[[np.ndarray], pathlib.Path]) -> pathlib.Path:
+    """24 rows, 5 to 16 tokens long."""
+    return rows_of(np.tile(np.arange(5, 17), 2))
