@@ -142,6 +142,8 @@ class _Bench:
             return first
         # ONNX Runtime writes per-channel scales for grouped linears that its kernels then refuse
         second = self._attempt(name, make, dataclasses.replace(self.job, exclude=grouped))
+        if second.metric is None:
+            return first
         note = f"{len(grouped)} grouped linears left float ({first.note})"
         return dataclasses.replace(second, note="; ".join(filter(None, [note, second.note])))
 
