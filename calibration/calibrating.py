@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -192,6 +193,12 @@ def _check_target(target: pathlib.Path, graph: pathlib.Path) -> None:
         raise OutputError(
             f"cannot write {target}: it is the graph that is calibrated",
             hint="another name with -o",
+        )
+    existing = next(folder for folder in target.absolute().parents if folder.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise OutputError(
+            f"cannot write {target}: {existing} is no folder to write to",
+            hint="another place with -o",
         )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from convbert_deploy.build_precision import (
     CPU,
     check_attention,
+    check_gemms,
     engine_capabilities,
     engine_precision,
     graph_in_precision,
@@ -104,6 +105,7 @@ def build_engine(
             built = _build_onnxruntime(model, folder, backend, options)
         else:
             built = _build_plan(model, folder, backend, profile, options)
+            check_gemms(graph, built.plan.get("gemms"))
         _copy_tokenizer(options.tokenizer or graph.tokenizer_files, folder)
         (folder / GOLDEN).write_text(json.dumps(graph.info.golden.to_json()))
         manifest = _manifest(graph, target.name, backend, profile, options, built, folder)

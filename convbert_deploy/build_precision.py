@@ -85,6 +85,24 @@ def check_attention(graph: Graph, profile: ShapeProfile) -> None:
         )
 
 
+def check_gemms(graph: Graph, gemms: dict[str, int] | None) -> None:
+    """Raises EngineError where a plan has fewer 8-bit products than the graph has quantized linears:
+    the others would silently run at high precision, and slower for their Q/DQ.
+
+    gemms: ``PlanFacts.gemms``, None where TensorRT does not list its layers.
+    """
+    quantized = (graph.info.calibration or {}).get("quantized")
+    if not quantized or gemms is None:
+        return
+    found = sum(count for kind, count in gemms.items() if kind in ("Int8", "FP8"))
+    if found < len(quantized):
+        raise EngineError(
+            f"the plan computes {found} products in 8 bits, expected {len(quantized)}, one for each "
+            f"quantized linear: {gemms}",
+            hint="build-engine --fp16, or another --target",
+        )
+
+
 def graph_in_precision(
     graph: Graph, precision: Precision, high: Precision, backend: str
 ) -> onnx.ModelProto:

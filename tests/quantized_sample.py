@@ -1,4 +1,5 @@
-"""Fixtures of a session: the trained tagger of samples/, exported and calibrated once a precision.
+"""Fixtures for tests of calibration: the trained tagger of samples/, exported and calibrated once a
+precision and session, and a tiny classifier that is calibrated in a second.
 
 A test file takes them with ``pytest_plugins = ["quantized_sample"]``.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from convbert_deploy.calibration.calibrating import (
     CalibrateOptions,
     CalibrationResult,
+    Progress,
     calibrate,
 )
 from convbert_deploy.calibration.smoothing import SmoothingOptions
@@ -95,3 +98,22 @@ def rows_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[np.ndarray], 
 def token_rows(rows_of: Callable[[np.ndarray], pathlib.Path]) -> pathlib.Path:
     """24 rows, 5 to 16 tokens long."""
     return rows_of(np.tile(np.arange(5, 17), 2))
+
+
+@pytest.fixture
+def tiny(
+    classifier_graph: Graph, token_rows: pathlib.Path, tmp_path: pathlib.Path
+) -> Callable[..., CalibrationResult]:
+    """Calibrates the two-layer classifier on rows of ids, to int8 unless told otherwise."""
+
+    def run(
+        name: str = "out.onnx",
+        graph: pathlib.Path = classifier_graph.path,
+        data: pathlib.Path = token_rows,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> CalibrationResult:
+        chosen = CalibrateOptions(threads=1, **options)
+        return calibrate(graph, data, tmp_path / name, chosen, progress)
+
+    return run

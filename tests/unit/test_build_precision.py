@@ -12,6 +12,7 @@ from convbert_deploy.build_precision import (
     CPU,
     DEFAULT_CAPABILITIES,
     check_attention,
+    check_gemms,
     engine_capabilities,
     engine_precision,
     graph_in_precision,
@@ -171,3 +172,15 @@ def test_a_gpu_gets_a_typed_graph_as_it_is(graph_of) -> None:
 def test_a_gpu_gets_an_exported_graph_typed(classifier_graph) -> None:
     typed = graph_in_precision(classifier_graph, FP16, BF16, GPU)
     assert _types(typed)[EMBEDDING] == TensorProto.FLOAT16
+
+
+def test_a_plan_with_too_few_8_bit_products_is_refused(graph_of) -> None:
+    graph = graph_of(
+        INT8, quantized=["encoder.layer.0.output.dense", "encoder.layer.1.output.dense"]
+    )
+    check_gemms(graph_of(FP32), {"Half": 3})
+    check_gemms(graph, {"Half": 1, "Int8": 2})
+    check_gemms(graph, {"FP8": 2})
+    check_gemms(graph, None)  # not listed
+    with pytest.raises(EngineError, match="1 products in 8 bits, expected 2"):
+        check_gemms(graph, {"Half": 2, "Int8": 1})
