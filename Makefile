@@ -48,6 +48,7 @@ gpu: install
 	$(BIN)/pytest -m gpu --require GPU,CUDA $(ARGS)
 	$(LIBRARIES)/convbert_plugin_harness $(LIBRARIES)/libconvbert_trt_plugins.so
 	$(BIN)/python benchmarks/gpu_kernels.py
+	$(BIN)/python benchmarks/gpu_engines.py
 
 # memory errors and races of the CUDA kernels, driven by the harness
 gpu-sanitize: install

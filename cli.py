@@ -20,13 +20,12 @@ from convbert_deploy.command_line import (
     Cli,
     calibrated_first,
     command_line,
-    integers,
     load_checkpoint,
     precision_flags,
     progress,
     run_calibration,
-    write_report,
 )
+from convbert_deploy.command_line_measuring import bench, profile, report
 
 
 @click.group(
@@ -154,7 +153,13 @@ def calibrate(
     "--high",
     default="fp16",
     type=click.Choice(["fp16", "bf16", "fp32"]),
-    help="on a GPU, what an int8 or fp8 graph computes the rest in",
+    help="on a GPU, what an int8 or fp8 graph computes the rest in; on a CPU bf16 or fp32, for what "
+    "--budget kept out of int8",
+)
+@click.option(
+    "--static-activations",
+    is_flag=True,
+    help="on a CPU, an int8 graph's calibrated activation scales instead of one for each token",
 )
 @click.option("--tokenizer", type=PATH, help="tokenizer.json, vocab.txt or folder")
 @click.option("--no-plugin", is_flag=True, help="leave the convolution to standard operators")
@@ -169,6 +174,7 @@ def build_engine(
     shapes: str,
     capabilities: tuple[str, ...],
     high: str,
+    static_activations: bool,
     tokenizer: pathlib.Path | None,
     no_plugin: bool,
     as_json: bool,
@@ -196,6 +202,7 @@ def build_engine(
         backend=backend,
         profile=ShapeProfile.parse(shapes),
         plugin=not no_plugin,
+        static_activations=static_activations,
         compute_capabilities=capabilities,
         tokenizer=files,
         command=command_line(),
@@ -291,50 +298,8 @@ def evaluate(
     sys.exit(0 if report.passed else 1)
 
 
-@main.command()
-@click.argument("engines", nargs=-1, required=True, type=PATH)
-@click.option("--baseline", type=PATH, help="checkpoint to time eagerly; ratios refer to it")
-@click.option("--batch", default="1,8", help="comma list")
-@click.option("--seq", default="32,128", help="comma list; every batch with every seq")
-@click.option("--threads", type=int, help="CPU threads of each runtime")
-@click.option("--min-time", default=2.0, help="seconds per candidate and shape")
-@click.option("--max-runs", default=1000, help="rounds per shape at most")
-@click.option("--warmup", default=3, help="runs left out of the statistics")
-@click.option("--json", "json_file", type=PATH, help="write JSON here; - is stdout")
-@click.option("--markdown", "markdown_file", type=PATH, help="write Markdown here; - is stdout")
-def bench(
-    engines: tuple[pathlib.Path, ...],
-    baseline: pathlib.Path | None,
-    batch: str,
-    seq: str,
-    threads: int | None,
-    min_time: float,
-    max_runs: int,
-    warmup: int,
-    json_file: pathlib.Path | None,
-    markdown_file: pathlib.Path | None,
-) -> None:
-    """Time ENGINES in interleaved runs, beside the eager model."""
-    from convbert_deploy.benchmark import BenchOptions
-    from convbert_deploy.engine_benchmark import BenchRequest
-    from convbert_deploy.engine_benchmark import bench as run_bench
-    from convbert_deploy.report import to_json_text, to_markdown, to_text
-
-    request = BenchRequest(
-        engines=engines,
-        baseline=load_checkpoint(baseline) if baseline else None,
-        batches=integers(batch),
-        seqs=integers(seq),
-        threads=threads,
-        options=BenchOptions(
-            min_time_s=min_time, max_runs=max_runs, warmup=warmup, min_runs=min(10, max_runs)
-        ),
-    )
-    report = run_bench(request, progress)
-    stdout_taken = write_report(json_file, to_json_text(report))
-    stdout_taken |= write_report(markdown_file, to_markdown(report))
-    if not stdout_taken:
-        click.echo(to_text(report))
+for measuring in (bench, profile, report):
+    main.add_command(measuring)
 
 
 @main.command()

@@ -13,7 +13,7 @@ from operator_bench import ONE_THREAD, markdown_target, report
 
 from convbert_deploy.backends.base import Batch
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.benchmark import Candidate, Point
+from convbert_deploy.benchmarking import Candidate, Point
 from convbert_deploy.exporting import OPSET
 from convbert_deploy.plugin_library import ort_library
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from convbert_deploy.backends.base import Batch, RunnerOptions
-from convbert_deploy.benchmark import BenchOptions, Candidate, Point, measure
+from convbert_deploy.benchmarking import BenchOptions, Candidate, Point, measure
 from convbert_deploy.environment import benchmark_header, environment
 from convbert_deploy.report import to_markdown
 

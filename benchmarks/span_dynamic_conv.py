@@ -23,7 +23,7 @@ from operator_bench import ONE_THREAD, markdown_target, report
 
 from convbert_deploy.backends.base import Batch
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
-from convbert_deploy.benchmark import Candidate, Point
+from convbert_deploy.benchmarking import Candidate, Point
 from convbert_deploy.exporting import OPSET
 from convbert_deploy.operators import DOMAIN
 from convbert_deploy.operators.span_dynamic_conv import OP_TYPE, function_proto

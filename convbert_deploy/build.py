@@ -9,13 +9,21 @@ import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from convbert_deploy.build_cpu import (
+    LayersGraph,
+    LayersRequest,
+    graph_with_layers,
+    report_text,
+)
 from convbert_deploy.build_precision import (
     CPU,
     check_attention,
     check_gemms,
+    check_static_activations,
     engine_capabilities,
     engine_precision,
     graph_in_precision,
+    needs_ranges,
 )
 from convbert_deploy.engine import (
     GOLDEN,
@@ -29,6 +37,7 @@ from convbert_deploy.engine import (
 )
 from convbert_deploy.errors import EngineError, PluginError
 from convbert_deploy.graph import Graph, write_model
+from convbert_deploy.mapped_model import write_mapped_model
 from convbert_deploy.operators import DOMAIN, nodes_of, span_dynamic_conv
 from convbert_deploy.operators.fused_span_dynamic_conv import fuse
 from convbert_deploy.precision import Precision
@@ -45,16 +54,19 @@ Progress = Callable[[str], None]
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
     """precision: None is the graph's own; a calibrated graph has no other. high: on a GPU, what a
-    graph in 8 bits computes the rest in. plugin: run our operators as our kernels; False is the
-    explicit --no-plugin. compute_capabilities: GPUs a tensorrt-rtx plan is for; empty is
-    ``DEFAULT_CAPABILITIES``, of which FP8 takes those that have it. tokenizer: files to use instead
-    of those that came with the graph."""
+    graph in 8 bits computes the rest in; on a CPU, BF16 for the linears that calibration kept high,
+    which are float32 otherwise. plugin: run our operators as our kernels; False is the explicit
+    --no-plugin. static_activations: on a CPU, quantize by the steps of a calibrated int8 graph; else
+    each token gets its own, on a GPU they are static anyway. compute_capabilities: GPUs a
+    tensorrt-rtx plan is for; empty is ``DEFAULT_CAPABILITIES``, of which FP8 takes those that have
+    it. tokenizer: files to use instead of those that came with the graph."""
 
     precision: Precision | None = None
     backend: str = "auto"
     high: Precision = Precision.FP16
     profile: ShapeProfile = dataclasses.field(default_factory=ShapeProfile)
     plugin: bool = True
+    static_activations: bool = False
     compute_capabilities: tuple[str, ...] = ()
     tokenizer: tuple[pathlib.Path, ...] = ()
     command: str = ""
@@ -80,31 +92,31 @@ def build_engine(
 
     Raises:
         EngineError: the build failed, or the engine answers the golden request wrongly.
+        GraphError: the graph cannot be had in the precision asked for.
         PluginError: our library is not built, or its operators did not all take its place.
         MissingDependencyError: the backend is not installed.
         OutputError: ``target`` cannot be written.
     """
     options = options or BuildOptions()
     backend = resolve_backend(options.backend)
-    precision = engine_precision(graph, options.precision, backend)
+    precision = engine_precision(graph, options.precision, backend, plugin=options.plugin)
     options = dataclasses.replace(
         options,
         precision=precision,
         compute_capabilities=engine_capabilities(options.compute_capabilities, precision),
     )
+    if options.static_activations:
+        check_static_activations(graph)
     profile = options.profile.limited_to(graph.info.architecture.max_position_embeddings)
     if backend.startswith("tensorrt"):
         check_attention(graph, profile)
     progress(f"the graph in {precision} for {backend}")
-    model = graph_in_precision(graph, precision, options.high, backend)
-    if options.plugin:
-        model = for_our_kernels(model, backend)
     with atomic_directory(target) as folder:
         progress("building")
         if backend.startswith("onnxruntime"):
-            built = _build_onnxruntime(model, folder, backend, options)
+            built = _build_onnxruntime(graph, folder, backend, options, progress)
         else:
-            built = _build_plan(model, folder, backend, profile, options)
+            built = _build_plan(graph, folder, backend, profile, options)
             check_gemms(graph, built.plan.get("gemms"))
         _copy_tokenizer(options.tokenizer or graph.tokenizer_files, folder)
         (folder / GOLDEN).write_text(json.dumps(graph.info.golden.to_json()))
@@ -173,19 +185,74 @@ def for_our_kernels(model: onnx.ModelProto, backend: str) -> onnx.ModelProto:
     return copy
 
 
+def _model_of(
+    graph: Graph, options: BuildOptions, backend: str
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The graph that the backend gets, and what each pass over it did, by name."""
+    from convbert_deploy.passes.tensorrt import tensorrt_passes
+
+    assert options.precision is not None
+    model = graph_in_precision(graph, options.precision, options.high, backend)
+    done: dict[str, str] = {}
+    if backend != CPU:
+        model, reports = tensorrt_passes(model)
+        done = {report.name: report_text(report) for report in reports if report.expected}
+    return for_our_kernels(model, backend) if options.plugin else model, done
+
+
 def _build_onnxruntime(
-    model: onnx.ModelProto, folder: pathlib.Path, backend: str, options: BuildOptions
+    graph: Graph, folder: pathlib.Path, backend: str, options: BuildOptions, progress: Progress
 ) -> _Built:
     from convbert_deploy.plugin_library import ort_library
 
     library = ort_library() if options.plugin else None
+    target: dict[str, Any] = {
+        "platform": platform_name(),
+        "arithmetic": _arithmetic(options, backend),
+    }
+    # fp16 has no arithmetic of its own on a CPU: its weights are stored in it
+    if library and backend == CPU and options.precision is not Precision.FP16:
+        layers = _with_layers(graph, options, progress)
+        target["passes"] = {layers.report.name: report_text(layers.report)}
+        if layers.model is not None:
+            write_mapped_model(layers.model, folder / GRAPH)
+            nodes = sum(node.domain == DOMAIN for node in layers.model.graph)
+            return _Built(library, nodes, target | {"arithmetic": layers.arithmetic}, {})
+    model, done = _model_of(graph, options, backend)
     write_model(model, folder / GRAPH)
-    target = {"platform": platform_name(), "arithmetic": _arithmetic(options, backend)}
+    target["passes"] = target.get("passes", {}) | done
     return _Built(library, len(nodes_of(model)) if library else 0, target, {})
 
 
+def _with_layers(graph: Graph, options: BuildOptions, progress: Progress) -> LayersGraph:
+    """``graph_with_layers``, and on ``progress`` where its pass did not fire.
+
+    Raises:
+        GraphError: it did not, and the precision asked for can be had in no other way.
+        PluginError: some of the model's layers are not in the graph.
+    """
+    assert options.precision is not None
+    high = Precision.BF16 if options.high is Precision.BF16 else Precision.FP32
+    request = LayersRequest(options.precision, high, options.static_activations)
+    layers = graph_with_layers(graph, request)
+    text = report_text(layers.report)
+    if layers.model is None:
+        if options.precision is Precision.INT8 and graph.info.precision is Precision.FP32:
+            raise needs_ranges(graph, options.precision, f" ({layers.report.name}: {text})")
+        progress(
+            f"{layers.report.name} did not fire: {text}; the layers are left to ONNX Runtime's own "
+            "operators"
+        )
+    elif layers.report.fired != graph.info.architecture.num_hidden_layers:
+        raise PluginError(
+            f"the graph has {layers.report.fired} encoder layers, expected "
+            f"{graph.info.architecture.num_hidden_layers}"
+        )
+    return layers
+
+
 def _build_plan(
-    model: onnx.ModelProto,
+    graph: Graph,
     folder: pathlib.Path,
     backend: str,
     profile: ShapeProfile,
@@ -195,6 +262,7 @@ def _build_plan(
     from convbert_deploy.plugin_library import tensorrt_library
 
     library = tensorrt_library() if options.plugin else None
+    model, done = _model_of(graph, options, backend)
     plan_options = PlanOptions(
         kind=backend,
         plugin_library=library,
@@ -208,6 +276,7 @@ def _build_plan(
         "platform": platform_name(),
         "arithmetic": _arithmetic(options, backend),
         "compute_capabilities": list(plan_options.compute_capabilities) or ["this GPU"],
+        "passes": done,
     }
     return _Built(library, plan.facts.plugin_layers, target, plan.facts.to_json())
 

@@ -18,11 +18,16 @@ DEFAULT_CAPABILITIES = ("SM86", "SM89", "SM120")
 _FIRST_WITH_FP8 = 89
 
 
-def engine_precision(graph: Graph, asked: Precision | None, backend: str) -> Precision:
+def engine_precision(
+    graph: Graph, asked: Precision | None, backend: str, *, plugin: bool = True
+) -> Precision:
     """The precision of an engine of ``graph``; a calibrated graph decides it.
 
+    plugin: with our kernels, which on a CPU measure an int8 product's input as they go.
+
     Raises:
-        GraphError: another precision than the calibrated graph's; int8 or fp8 of an fp32 graph.
+        GraphError: another precision than the calibrated graph's; int8 or fp8 of an fp32 graph,
+            but for int8 in our kernels on a CPU.
         EngineError: the backend cannot compute in it.
     """
     own = graph.info.precision
@@ -32,11 +37,9 @@ def engine_precision(graph: Graph, asked: Precision | None, backend: str) -> Pre
             f"{graph.path} was calibrated as {own}, not {precision}",
             hint=f"leave out --{precision}, or build from the fp32 graph",
         )
-    if own is Precision.FP32 and precision.quantized:
-        raise GraphError(
-            f"{precision} needs ranges, and {graph.path} is an fp32 graph",
-            hint=f"build-engine --{precision} --data TEXTS.jsonl, or convbert-deploy calibrate",
-        )
+    measures_itself = backend == CPU and plugin and precision is Precision.INT8
+    if own is Precision.FP32 and precision.quantized and not measures_itself:
+        raise needs_ranges(graph, precision)
     if backend == CPU and precision is Precision.FP8:
         raise EngineError(
             "no CPU computes in fp8: expected a GPU of SM 89 or later",
@@ -49,6 +52,14 @@ def engine_precision(graph: Graph, asked: Precision | None, backend: str) -> Pre
             hint=f"build the CPU engine from the fp32 graph: its weights are stored as {own}",
         )
     return precision
+
+
+def needs_ranges(graph: Graph, precision: Precision, why: str = "") -> GraphError:
+    """The error of an exported graph in 8 bits; why: what kept our kernels from doing without."""
+    return GraphError(
+        f"{precision} needs ranges, and {graph.path} is an fp32 graph{why}",
+        hint=f"build-engine --{precision} --data TEXTS.jsonl, or convbert-deploy calibrate",
+    )
 
 
 def engine_capabilities(asked: tuple[str, ...], precision: Precision) -> tuple[str, ...]:
@@ -85,6 +96,16 @@ def check_attention(graph: Graph, profile: ShapeProfile) -> None:
         )
 
 
+def check_static_activations(graph: Graph) -> None:
+    """Raises GraphError where ``graph`` has no activation scales to keep."""
+    if not graph.info.precision.quantized:
+        raise GraphError(
+            f"static activations are those of a calibrated 8-bit graph, and {graph.path} is "
+            f"{graph.info.precision}",
+            hint="convbert-deploy calibrate GRAPH --int8 --data TEXTS.jsonl",
+        )
+
+
 def check_gemms(graph: Graph, gemms: dict[str, int] | None) -> None:
     """Raises EngineError where a plan has fewer 8-bit products than the graph has quantized linears:
     the others would silently run at high precision, and slower for their Q/DQ.
@@ -106,9 +127,9 @@ def check_gemms(graph: Graph, gemms: dict[str, int] | None) -> None:
 def graph_in_precision(
     graph: Graph, precision: Precision, high: Precision, backend: str
 ) -> onnx.ModelProto:
-    """The graph that the backend gets. On a CPU: 8-bit linears between float32, or half-precision
-    weights and float32 arithmetic. On a GPU: every tensor typed, what ``calibrate`` found out of
-    fp16's range left in float32."""
+    """The graph that the backend gets. On a CPU, where ``build_cpu`` does not make it: 8-bit linears
+    between float32, or half-precision weights and float32 arithmetic. On a GPU: every tensor typed,
+    what ``calibrate`` found out of fp16's range left in float32."""
     from convbert_deploy.calibration import stored_graph, typed_graph
 
     own = graph.info.precision

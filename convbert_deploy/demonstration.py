@@ -9,12 +9,12 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from convbert_deploy.benchmark import BenchmarkReport, BenchOptions
+from convbert_deploy.benchmarking import BenchmarkReport, BenchOptions
+from convbert_deploy.benchmarking.bench import BenchRequest, bench
 from convbert_deploy.build import BuildOptions, build_engine
 from convbert_deploy.calibration.calibrating import CalibrateOptions, Progress, calibrate
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.engine import Engine
-from convbert_deploy.engine_benchmark import BenchRequest, bench
 from convbert_deploy.errors import ConvBertDeployError
 from convbert_deploy.evaluation.evaluating import evaluate
 from convbert_deploy.exporting import ExportOptions, export

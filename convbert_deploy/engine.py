@@ -170,6 +170,8 @@ class Engine:
 
     def _backend_runner(self, options: RunnerOptions | None) -> Runner:
         manifest = self.manifest
+        if manifest.backend == "onnxruntime-cuda":
+            return self._cuda_runner(options)
         if manifest.backend.startswith("onnxruntime"):
             from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner, session_config
             from convbert_deploy.plugin_library import ort_library
@@ -178,7 +180,6 @@ class Engine:
                 self.path / GRAPH,
                 options,
                 library=ort_library() if manifest.plugin_nodes else None,
-                cuda=manifest.backend == "onnxruntime-cuda",
                 config=session_config(manifest.precision),
                 name=self.label,
             )
@@ -189,7 +190,27 @@ class Engine:
             (self.path / PLAN).read_bytes(),
             kind=manifest.backend,
             task=manifest.task,
+            options=options,
+            profile=manifest.profile,
+            padding=manifest.padding,
             plugin_library=tensorrt_library() if manifest.plugin_nodes else None,
+            name=self.label,
+        )
+
+    def _cuda_runner(self, options: RunnerOptions | None) -> Runner:
+        from convbert_deploy.backends.onnxruntime import session_config
+        from convbert_deploy.backends.onnxruntime_cuda import OnnxRuntimeCudaRunner
+        from convbert_deploy.plugin_library import ort_library
+
+        manifest = self.manifest
+        return OnnxRuntimeCudaRunner(
+            self.path / GRAPH,
+            task=manifest.task,
+            options=options,
+            library=ort_library() if manifest.plugin_nodes else None,
+            profile=manifest.profile,
+            padding=manifest.padding,
+            config=session_config(manifest.precision),
             name=self.label,
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from convbert_deploy.benchmark import BenchmarkReport
+from convbert_deploy.benchmarking import BenchmarkReport
 from convbert_deploy.diagnosis import Check
 from convbert_deploy.parity import ParityReport
 from convbert_deploy.report_benchmark import benchmark_markdown, benchmark_text

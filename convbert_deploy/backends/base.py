@@ -18,9 +18,15 @@ class RunnerOptions:
     """How a runner uses the machine.
 
     threads: intra-op CPU threads; None leaves the runtime's default.
+    device: index of the GPU, as CUDA counts them; CPU runners ignore it and what follows.
+    cuda_graphs: replay each shape's work as one CUDA graph. max_graphs: shapes that may have one at
+        a time; every graph keeps its own input and output buffers.
     """
 
     threads: int | None = None
+    device: int = 0
+    cuda_graphs: bool = True
+    max_graphs: int = 32
 
 
 class Runner(Protocol):

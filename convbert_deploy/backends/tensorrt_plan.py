@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import pathlib
 import re
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,8 @@ _SCRATCH = re.compile(r"Max Scratch Memory: (\d+) bytes")
 _LISTED_GEMM = re.compile(
     r"^Name: (.*?), LayerType: gemm, Inputs: \[ \{[^}]*?Datatype: (\w+)", re.MULTILINE
 )
+#: Of a plan with several profiles, the one a listed layer belongs to.
+_PROFILE_OF = re.compile(r"_myl(\d+)_\d+$")
 #: TensorRT names the kernel of a whole attention ``_gemm_mha_v2``.
 _FUSED_ATTENTION = "_mha_"
 
@@ -57,11 +60,11 @@ class PlanFacts:
     ``kernels`` counts launches by TensorRT's layer class (TensorRT-RTX: kgen, gemm, runtime_fusion,
     correlation, custom_layer, ...); those that only order streams or compute shapes are left out.
     ``gemms`` counts those of class gemm by the type they multiply (Half, BFloat16, Float, Int8,
-    FP8); products that were fused into larger kernels are not among them. ``scratch_bytes`` is at
-    the profile's largest shape. All are None where the builder did not print its listing. The
-    file's own digest is no fact: TensorRT-RTX 1.7 numbers its internal tensors, and lays out its
-    constants, by heap address. Two new processes without address randomization (``setarch -R``)
-    write equal bytes.
+    FP8); products that were fused into larger kernels are not among them. Of several profiles these
+    are the last one's. ``scratch_bytes`` is at the largest shape of all. All are None where the
+    builder did not print its listing. The file's own digest is no fact: TensorRT-RTX 1.7 numbers its
+    internal tensors, and lays out its constants, by heap address. Two new processes without address
+    randomization (``setarch -R``) write equal bytes.
     """
 
     runtime: str
@@ -72,6 +75,7 @@ class PlanFacts:
     fused_attention: int | None
     scratch_bytes: int | None
     plan_bytes: int
+    profiles: int = 1
 
     @property
     def kernel_count(self) -> int | None:
@@ -89,13 +93,18 @@ class Plan:
     facts: PlanFacts
 
 
-def build_plan(graph: pathlib.Path | bytes, profile: ShapeProfile, options: PlanOptions) -> Plan:
+def build_plan(
+    graph: pathlib.Path | bytes,
+    profile: ShapeProfile | Sequence[ShapeProfile],
+    options: PlanOptions,
+) -> Plan:
     """Build a strongly typed plan of an ONNX graph.
 
     Args:
         graph: path (external data beside it is found) or serialized model; inputs int64 with axes
             named ``batch``, ``seq`` and, for multiple choice, ``choices``.
-        profile: bounds of those axes.
+        profile: bounds of those axes; several make a plan that is tuned for each, the largest last
+            (``buckets.length_profiles``).
         options: target and plugin.
 
     Raises:
@@ -121,7 +130,11 @@ def build_plan(graph: pathlib.Path | bytes, profile: ShapeProfile, options: Plan
     # Branches on streams of their own keep their tensors apart: 239 MB of scratch instead of 201
     # for two fp16 layers of base at 32 x 512 (TensorRT-RTX 1.7).
     config.max_aux_streams = 0
-    config.add_optimization_profile(_optimization_profile(builder, network, graph, profile))
+    profiles = (profile,) if isinstance(profile, ShapeProfile) else tuple(profile)
+    if not profiles:
+        raise ShapeError("a plan needs a shape profile, expected at least one")
+    for each in profiles:
+        config.add_optimization_profile(_optimization_profile(builder, network, graph, each))
     _set_targets(trt, config, options)
     if options.embed_plugin and options.plugin_library is not None:
         config.plugins_to_serialize = [str(options.plugin_library.resolve())]
@@ -141,6 +154,7 @@ def build_plan(graph: pathlib.Path | bytes, profile: ShapeProfile, options: Plan
         fused_attention=fused,
         scratch_bytes=max(map(int, scratch)) if scratch else None,
         plan_bytes=len(data),
+        profiles=len(profiles),
     )
     return Plan(data, facts)
 
@@ -284,12 +298,22 @@ def _set_targets(trt: ModuleType, config: Any, options: PlanOptions) -> None:
 
 def _listing(log: str) -> tuple[dict[str, int] | None, int | None]:
     """(kernels by class, fused attentions) from the layer listing a DETAILED build prints."""
-    listed = [(name, kind) for name, kind in _LISTED_LAYER.findall(log) if kind not in _NO_KERNEL]
+    listed = _of_last_profile(_LISTED_LAYER.findall(log))
+    listed = [(name, kind) for name, kind in listed if kind not in _NO_KERNEL]
     if not listed:
         return None, None
     kernels = collections.Counter(kind for _, kind in listed)
     fused = sum(_FUSED_ATTENTION in name for name, _ in listed)
     return dict(sorted(kernels.items())), fused
+
+
+def _of_last_profile(listed: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of the (layer name, anything) whose name bears the highest profile's number."""
+    numbers = [
+        int(found.group(1)) if (found := _PROFILE_OF.search(name)) else 0 for name, _ in listed
+    ]
+    last = max(numbers, default=0)
+    return [entry for entry, number in zip(listed, numbers, strict=True) if number == last]
 
 
 def _gemms(log: str) -> dict[str, int]:
@@ -298,6 +322,6 @@ def _gemms(log: str) -> dict[str, int]:
 
 
 def listed_gemms(log: str) -> list[tuple[str, str]]:
-    """(layer name, type of its left side) of each kernel of class gemm in a DETAILED listing. The
-    name begins with that of the ONNX node."""
-    return _LISTED_GEMM.findall(log)
+    """(layer name, type of its left side) of each kernel of class gemm in a DETAILED listing, of the
+    last profile. The name begins with that of the ONNX node."""
+    return _of_last_profile(_LISTED_GEMM.findall(log))

@@ -2,7 +2,8 @@
 
 In torch each is ``convbert::name``, computed by ``reference``, so a traced model still runs eagerly.
 In ONNX it is a node of domain ``convbert`` plus a model-local function of the same name: a runtime
-without our libraries inlines the function, one with them maps the node to a kernel.
+without our libraries inlines the function, one with them maps the node to a kernel. Those of CPU
+engines alone (``encoder_layer``) have neither a torch form nor a function.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ def function_of(node: onnx.NodeProto, shapes: Shapes, opset: int) -> onnx.Functi
     Args:
         shapes: of the initializers among its inputs.
         opset: version of the standard operators in the body.
+
+    Raises:
+        GraphError: an operator of CPU engines alone, which has no function.
     """
+    if node.op_type not in _MODULES:
+        raise GraphError(
+            f"{node.name or node.op_type} runs in our library only: {node.op_type} has no function",
+            hint="build the engine from the exported graph",
+        )
     return _MODULES[node.op_type].function_of(node, shapes, opset)
 
 

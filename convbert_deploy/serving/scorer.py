@@ -17,6 +17,7 @@ from convbert_deploy.architecture import Task
 from convbert_deploy.backends.base import Batch, Runner
 from convbert_deploy.errors import ConvBertDeployError, EngineError, InputError
 from convbert_deploy.serving import decode, sequences
+from convbert_deploy.serving.batches import BatchBudget, batches_of
 from convbert_deploy.serving.decode import Answer
 from convbert_deploy.serving.requests import (
     ChoiceRequest,
@@ -40,8 +41,10 @@ class ScorerOptions:
     problem_type: the config's; None is single-label classification.
     profile: shapes the engine takes; its largest batch is the batch size here.
     padding: ``hf`` engines answer differently when padded, so only texts of one length share a
-        batch; ``masked`` engines do not, and lengths are padded up to a multiple of
+        batch; ``masked`` engines do not: texts of like length share one, padded up to a multiple of
         ``length_multiple``.
+    batch_tokens: a batch's rows times its longest row at most; None is what the profile tunes for
+        (its largest batch times its optimal length).
     long_text: ``fit`` cuts texts of more tokens than the model has positions (the answer says
         ``truncated``) and puts windows over contexts and sentences; ``refuse`` is an error.
     window_overlap: tokens that neighbouring windows share.
@@ -55,6 +58,7 @@ class ScorerOptions:
     profile: ShapeProfile = dataclasses.field(default_factory=ShapeProfile)
     padding: Literal["hf", "masked"] = "hf"
     length_multiple: int = 16
+    batch_tokens: int | None = None
     long_text: Literal["fit", "refuse"] = "fit"
     window_overlap: int = 128
     max_characters: int = 200_000
@@ -84,6 +88,13 @@ class ScorerOptions:
         """Tokens a sequence may have."""
         return min(self.limits.max_positions, self.profile.seq.max)
 
+    @property
+    def batch_budget(self) -> BatchBudget:
+        tokens = self.batch_tokens
+        if tokens is None:
+            tokens = self.profile.batch.max * self.profile.seq.opt
+        return BatchBudget(self.profile.batch.max, tokens)
+
     def padded_length(self, length: int) -> int:
         """Length of the batch that a sequence of ``length`` tokens is run in."""
         if self.padding == "masked":
@@ -109,6 +120,11 @@ class _Unit:
     work: _Work
     index: int
     inputs: Batch
+
+    @property
+    def length(self) -> int:
+        """Positions, pads included."""
+        return self.inputs["input_ids"].shape[-1]
 
 
 class Scorer:
@@ -260,23 +276,25 @@ class Scorer:
         return units
 
     def _run(self, units: list[_Unit]) -> None:
-        """Equal shapes share batches, in the order they came."""
+        """Rows of one number of choices share batches; under ``hf`` of one length too."""
         if units and self._runner is None:
             raise EngineError("this Scorer has no runner: it encodes requests and scores none")
+        same_length = self.options.padding == "hf"
         groups: dict[tuple[int, ...], list[_Unit]] = {}
         for unit in units:
-            groups.setdefault(unit.inputs["input_ids"].shape, []).append(unit)
-        size = self.options.profile.batch.max
+            shape = unit.inputs["input_ids"].shape
+            groups.setdefault(shape if same_length else shape[:-1], []).append(unit)
         for group in groups.values():
-            for first in range(0, len(group), size):
-                self._run_batch(group[first : first + size])
+            for rows in batches_of([unit.length for unit in group], self.options.batch_budget):
+                self._run_batch([group[row] for row in rows])
 
     def _run_batch(self, units: list[_Unit]) -> None:
         # An engine with a smallest batch gets the last row again; those answers are dropped.
         spare = max(0, self.options.profile.batch.min - len(units))
         filled = units + units[-1:] * spare
+        length = max(unit.length for unit in filled)
         batch = {
-            name: np.stack([unit.inputs[name] for unit in filled])
+            name: np.stack([self._padded(unit.inputs[name], name, length) for unit in filled])
             for name in self._runner.input_names
         }
         with self._lock:
@@ -290,6 +308,12 @@ class Scorer:
                 )
             for row, unit in enumerate(units):
                 unit.work.outputs[unit.index][name] = self._kept(found[row], unit)
+
+    def _padded(self, array: np.ndarray, name: str, length: int) -> np.ndarray:
+        """``array`` (seq,) or (choices, seq) with pads up to ``length`` positions."""
+        missing = length - array.shape[-1]
+        pad = self._tokenizer.pad_id if name == "input_ids" else 0
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, missing)], constant_values=pad)
 
     def _kept(self, output: np.ndarray, unit: _Unit) -> np.ndarray:
         """The part of one row's output that decoding reads: no pads, of a masked LM only the masks

@@ -41,7 +41,7 @@ void runRowsOnCpu(DepthwiseConv1dParams const& params, int64_t firstRow, int64_t
 #ifdef CONVBERT_WITH_X86
   // Rows of 8 to 15 channels fill an 8-lane vector, but no 16-lane one.
   bool const narrow = params.channels >= 8 && params.channels < 16;
-  if (instructionSet == InstructionSet::kAvx512 && !narrow) {
+  if (instructionSet >= InstructionSet::kAvx512 && !narrow) {
     return runRowsAvx512(params, firstRow, lastRow);
   }
   if (instructionSet != InstructionSet::kPortable) {

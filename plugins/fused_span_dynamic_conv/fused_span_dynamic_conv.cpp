@@ -56,7 +56,7 @@ Status validate(FusedSpanDynamicConvParams const& p) noexcept {
 void runRowsOnCpu(FusedSpanDynamicConvParams const& params, int64_t firstRow, int64_t lastRow,
                   InstructionSet instructionSet) noexcept {
 #ifdef CONVBERT_WITH_X86
-  if (instructionSet == InstructionSet::kAvx512) {
+  if (instructionSet >= InstructionSet::kAvx512) {
     return runRowsAvx512(params, firstRow, lastRow);
   }
   if (instructionSet == InstructionSet::kAvx2) {

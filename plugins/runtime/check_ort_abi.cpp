@@ -25,6 +25,8 @@ CONVBERT_SAME_SLOT(GetDimensions, kGetDimensions);
 CONVBERT_SAME_SLOT(GetSymbolicDimensions, kGetSymbolicDimensions);
 CONVBERT_SAME_SLOT(GetTensorTypeAndShape, kGetTensorTypeAndShape);
 CONVBERT_SAME_SLOT(KernelInfoGetAttribute_int64, kKernelInfoGetAttributeInt64);
+CONVBERT_SAME_SLOT(KernelInfoGetAttribute_float, kKernelInfoGetAttributeFloat);
+CONVBERT_SAME_SLOT(GetSessionConfigEntry, kGetSessionConfigEntry);
 CONVBERT_SAME_SLOT(KernelContext_GetInput, kKernelContextGetInput);
 CONVBERT_SAME_SLOT(KernelContext_GetOutput, kKernelContextGetOutput);
 CONVBERT_SAME_SLOT(ReleaseStatus, kReleaseStatus);

@@ -27,7 +27,7 @@ struct CustomOpDomain;
 struct OpAttr;
 
 enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9, kEpFail = 11 };
-enum ElementType : int32_t { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
+enum ElementType : int32_t { kUndefined = 0, kFloat = 1, kUint8 = 2, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum Characteristic : int32_t { kRequired = 0, kOptional = 1, kVariadic = 2 };
 enum MemoryType : int32_t { kMemoryDefault = 0 };
 enum OpAttrType : int32_t { kAttrInt = 1 };
@@ -46,6 +46,7 @@ enum Slot : size_t {
   kGetDimensions = 62,
   kGetSymbolicDimensions = 63,
   kGetTensorTypeAndShape = 65,
+  kKernelInfoGetAttributeFloat = 85,
   kKernelInfoGetAttributeInt64 = 86,
   kKernelContextGetInput = 90,
   kKernelContextGetOutput = 91,
@@ -53,6 +54,7 @@ enum Slot : size_t {
   kReleaseTensorTypeAndShapeInfo = 99,
   kReleaseCustomOpDomain = 101,
   kKernelContextGetGpuComputeStream = 193,
+  kGetSessionConfigEntry = 238,
   kShapeInferContextGetInputTypeShape = 268,
   kShapeInferContextSetOutputTypeShape = 270,
   kSetSymbolicDimensions = 271,
@@ -124,6 +126,14 @@ struct Api {
   Status* kernelInfoGetInt64(KernelInfo const* info, char const* name,
                              int64_t* out) const noexcept {
     return call<Status*>(kKernelInfoGetAttributeInt64, info, name, out);
+  }
+  Status* kernelInfoGetFloat(KernelInfo const* info, char const* name, float* out) const noexcept {
+    return call<Status*>(kKernelInfoGetAttributeFloat, info, name, out);
+  }
+  // `size`: of `value` in, of the entry with its terminating zero out. Fails where there is none.
+  Status* getSessionConfigEntry(SessionOptions const* options, char const* key, char* value,
+                                size_t* size) const noexcept {
+    return call<Status*>(kGetSessionConfigEntry, options, key, value, size);
   }
   Status* kernelContextGetInput(KernelContext const* context, size_t index,
                                 Value const** out) const noexcept {

@@ -32,6 +32,16 @@ extern "C" __attribute__((visibility("default"))) convbert::ort::Status* Registe
       }
     }
   }
+  CustomOp const* const layer = encoderLayerOp(options);
+  if (layer == nullptr) {
+    return api->createStatus(kFail, "EncoderLayer: out of memory");
+  }
+  for (CustomOp const* op : {&packRowsOp(), &unpackRowsOp(), layer}) {
+    if (Status* status = api->customOpDomainAdd(domain, op)) {
+      api->releaseCustomOpDomain(domain);
+      return status;
+    }
+  }
   // The session keeps a reference to the domain's contents and no one tells us when it ends, so the
   // handle (a few hundred bytes a session) is left to the process.
   if (Status* status = api->addCustomOpDomain(options, domain)) {

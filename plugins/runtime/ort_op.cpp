@@ -168,6 +168,24 @@ Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context) {
   return status;
 }
 
+CustomOp cpuOp() noexcept {
+  CustomOp op{};
+  op.version = kApiVersion;
+  op.getExecutionProviderType = [](CustomOp const*) { return "CPUExecutionProvider"; };
+  op.getInputCharacteristic = [](CustomOp const*, size_t) { return kRequired; };
+  op.getInputMemoryType = [](CustomOp const*, size_t) { return kMemoryDefault; };
+  op.getOutputTypeCount = [](CustomOp const*) -> size_t { return 1; };
+  op.getOutputType = [](CustomOp const*, size_t) { return kFloat; };
+  op.getOutputCharacteristic = [](CustomOp const*, size_t) { return kRequired; };
+  op.getVariadicInputMinArity = [](CustomOp const*) { return 1; };
+  op.getVariadicInputHomogeneity = [](CustomOp const*) { return 1; };
+  op.getVariadicOutputMinArity = op.getVariadicInputMinArity;
+  op.getVariadicOutputHomogeneity = op.getVariadicInputHomogeneity;
+  op.getStartVersion = [](CustomOp const*) { return 1; };
+  op.getEndVersion = [](CustomOp const*) { return INT32_MAX; };
+  return op;
+}
+
 OpSet makeOps(OpTraits const& traits) noexcept {
   struct Variant {
     DataType dtype;
@@ -183,13 +201,13 @@ OpSet makeOps(OpTraits const& traits) noexcept {
     }
     for (Variant const& variant : kVariants) {
       Op& op = set.ops[set.count++];
+      static_cast<CustomOp&>(op) = cpuOp();
       op.name = traits.name;
       op.provider = cuda ? "CUDAExecutionProvider" : "CPUExecutionProvider";
       op.elementType = variant.elementType;
       op.dtype = variant.dtype;
       op.inputs = traits.inputs;
       op.hasMask = traits.hasMask;
-      op.version = kApiVersion;
       op.getName = [](CustomOp const* it) { return self(it).name; };
       op.getExecutionProviderType = [](CustomOp const* it) { return self(it).provider; };
       op.getInputTypeCount = [](CustomOp const* it) -> size_t {
@@ -201,20 +219,11 @@ OpSet makeOps(OpTraits const& traits) noexcept {
       op.getInputCharacteristic = [](CustomOp const* it, size_t index) {
         return index < self(it).inputs ? kRequired : kOptional;
       };
-      op.getInputMemoryType = [](CustomOp const*, size_t) { return kMemoryDefault; };
-      op.getOutputTypeCount = [](CustomOp const*) -> size_t { return 1; };
       op.getOutputType = [](CustomOp const* it, size_t) { return self(it).elementType; };
-      op.getOutputCharacteristic = [](CustomOp const*, size_t) { return kRequired; };
-      op.getVariadicInputMinArity = [](CustomOp const*) { return 1; };
-      op.getVariadicInputHomogeneity = [](CustomOp const*) { return 1; };
-      op.getVariadicOutputMinArity = op.getVariadicInputMinArity;
-      op.getVariadicOutputHomogeneity = op.getVariadicInputHomogeneity;
       op.createKernelV2 = traits.createKernel;
       op.kernelDestroy = traits.destroyKernel;
       op.kernelComputeV2 = cuda ? traits.computeOnCuda : traits.computeOnCpu;
       op.inferOutputShape = traits.inferShape;
-      op.getStartVersion = [](CustomOp const*) { return 1; };
-      op.getEndVersion = [](CustomOp const*) { return INT32_MAX; };
     }
   }
   return set;

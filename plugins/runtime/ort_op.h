@@ -97,6 +97,10 @@ struct OpSet {
 
 OpSet makeOps(OpTraits const& traits) noexcept;
 
+// What every descriptor says, for the CPU: names, types, counts of inputs and the kernel are missing.
+// One float32 output.
+CustomOp cpuOp() noexcept;
+
 // inferShape for an output of the shape and type of input 0.
 Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context);
 

@@ -16,6 +16,8 @@ enum class Status : int32_t {
   kNoSuchInstructionSet = 7,
   kCudaError = 8,
   kOutOfMemory = 9,
+  kBadWeight = 10,
+  kBadMask = 11,
 };
 
 inline char const* statusMessage(Status status) noexcept {
@@ -30,6 +32,8 @@ inline char const* statusMessage(Status status) noexcept {
     case Status::kNoSuchInstructionSet: return "this CPU lacks the instruction set asked for";
     case Status::kCudaError: return "CUDA refused the launch";
     case Status::kOutOfMemory: return "out of memory";
+    case Status::kBadMask: return "a token follows a pad: pads must be at the end of a row";
+    case Status::kBadWeight: return "a packed weight is damaged or has another shape than expected";
   }
   return "unknown status";
 }

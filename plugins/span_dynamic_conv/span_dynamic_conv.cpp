@@ -44,7 +44,7 @@ void runRowsOnCpu(SpanDynamicConvParams const& params, int64_t firstRow, int64_t
 #ifdef CONVBERT_WITH_X86
   // Heads of 8, 24, ... channels fill 8-lane vectors and would waste half of a 16-lane one.
   bool const narrow = params.headDim % 16 == 8 && params.headDim < 64;
-  if (instructionSet == InstructionSet::kAvx512 && !narrow) {
+  if (instructionSet >= InstructionSet::kAvx512 && !narrow) {
     return runRowsAvx512(params, firstRow, lastRow);
   }
   if (instructionSet != InstructionSet::kPortable) {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
 import numpy as np
 import pytest
 
-from convbert_deploy.benchmark import (
+from convbert_deploy.benchmarking import (
     BenchOptions,
     Candidate,
     Point,
@@ -16,7 +17,7 @@ from convbert_deploy.benchmark import (
     measure,
     turn,
 )
-from convbert_deploy.timing import median_interval, modified_z_scores, percentile
+from convbert_deploy.benchmarking.timing import median_interval, modified_z_scores, percentile
 
 from factories import FakeTimer, fake_candidate_runner
 
@@ -51,7 +52,9 @@ def test_ratio_is_paired_so_a_machine_that_slows_down_cancels_out():
     assert fast.speedup_interval.low == pytest.approx(2)
     assert fast.speedup_interval.high == pytest.approx(2)
     assert report.at("base", _POINT).speedup == 1
-    assert "drift" in {one.code for one in report.warnings}
+    codes = {(one.code, one.candidate) for one in report.warnings}
+    assert ("throttling", "") in codes, "both slowed down: it is the machine"
+    assert "drift" not in {code for code, _ in codes}
 
 
 def test_candidates_take_turns_and_the_order_changes():
@@ -131,13 +134,69 @@ def test_steady_runs_warn_of_nothing_but_their_number():
         ("slow-first", [900, *itertools.repeat(10.0, 21)]),
         ("slow-first-round", [10, 10, 90, *itertools.islice(itertools.cycle([10, 11]), 19)]),
         ("outliers", [10, 10, *itertools.islice(itertools.cycle([10, 11]), 19), 200]),
-        ("noisy", [10, 10, *itertools.islice(itertools.cycle([10, 16]), 20)]),
+        ("imprecise", [10, 10, *itertools.islice(itertools.cycle([10, 11]), 20)]),
         ("drift", [10, 10, *itertools.repeat(10, 10), *itertools.repeat(12, 10)]),
         ("short", itertools.repeat(0.01)),
     ],
 )
 def test_warning(code, cost):
     assert code in _warnings(iter(cost))
+
+
+def test_noise_is_warned_of_where_no_precision_is_asked_for():
+    options = dataclasses.replace(_EXACT, precision=None)
+    cost = [10, 10, *itertools.islice(itertools.cycle([10, 16]), 20)]
+    codes = _warnings(iter(cost), options)
+    assert "noisy" in codes and "imprecise" not in codes
+
+
+def test_one_candidate_that_drifts_alone_is_not_the_machine():
+    costs = {"a": itertools.repeat(10.0), "b": [10, 10, *[10] * 10, *[13] * 10]}
+    codes = {(one.code, one.candidate) for one in _measure(costs).warnings}
+    assert ("drift", "b") in codes
+    assert not {("drift", "a"), ("throttling", "")} & codes
+
+
+_STOP = BenchOptions(min_time_s=0, min_runs=10, max_runs=400, warmup=0, max_time_s=1e9)
+
+
+def test_a_point_ends_once_the_intervals_are_tight():
+    noise = np.random.default_rng(0)
+    costs = {"a": itertools.repeat(10.0), "b": iter(10 + noise.normal(0, 0.5, 500))}
+    report = _measure(costs, _STOP)
+    one = report.at("b", _POINT)
+    assert one.precise and 10 < len(one.times_ms) < 400
+    for interval, median in (
+        (one.p50_interval_ms, one.p50_ms),
+        (one.speedup_interval, one.speedup),
+    ):
+        assert max(interval.high - median, median - interval.low) <= 0.02 * median
+    tighter = dataclasses.replace(_STOP, precision=0.01)
+    costs = {
+        "a": itertools.repeat(10.0),
+        "b": iter(10 + np.random.default_rng(0).normal(0, 0.5, 500)),
+    }
+    assert len(_measure(costs, tighter).at("b", _POINT).times_ms) > len(one.times_ms)
+
+
+def test_every_candidate_must_be_known_not_only_the_baseline():
+    wild = itertools.cycle([10.0, 20.0])
+    report = _measure({"a": itertools.repeat(10.0), "b": wild}, _STOP)
+    assert len(report.at("a", _POINT).times_ms) == 400
+    assert report.at("a", _POINT).precise
+    assert not report.at("b", _POINT).precise
+
+
+def test_max_time_ends_a_noisy_point():
+    options = dataclasses.replace(_STOP, max_time_s=0.6)
+    report = _measure({"a": itertools.cycle([10.0, 20.0])}, options)
+    assert len(report.at("a", _POINT).times_ms) == 40
+
+
+@pytest.mark.parametrize("wrong", [{"precision": 0.0}, {"min_runs": 0}, {"warmup": -1}])
+def test_options_out_of_range(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        BenchOptions(**wrong)
 
 
 def test_no_warm_up_is_warned_of():

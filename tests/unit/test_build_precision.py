@@ -13,6 +13,7 @@ from convbert_deploy.build_precision import (
     DEFAULT_CAPABILITIES,
     check_attention,
     check_gemms,
+    check_static_activations,
     engine_capabilities,
     engine_precision,
     graph_in_precision,
@@ -62,8 +63,25 @@ def test_an_exported_graph_may_have_any_float_precision(graph_of, asked, backend
 @pytest.mark.parametrize("asked", [INT8, FP8])
 def test_8_bits_of_an_exported_graph_need_ranges(graph_of, asked, backend) -> None:
     with pytest.raises(GraphError, match=f"{asked} needs ranges") as caught:
-        engine_precision(graph_of(FP32), asked, backend)
+        engine_precision(graph_of(FP32), asked, backend, plugin=False)
     assert f"--{asked} --data" in caught.value.hint
+
+
+def test_our_kernels_on_a_cpu_need_none_for_int8(graph_of) -> None:
+    assert engine_precision(graph_of(FP32), INT8, CPU) is INT8
+    for backend in set(BACKENDS) - {CPU}:
+        with pytest.raises(GraphError, match="int8 needs ranges"):
+            engine_precision(graph_of(FP32), INT8, backend)
+    with pytest.raises(GraphError, match="fp8 needs ranges"):
+        engine_precision(graph_of(FP32), FP8, CPU)
+
+
+def test_static_activations_are_those_of_a_calibrated_graph(graph_of) -> None:
+    check_static_activations(graph_of(INT8))
+    for own in (FP32, FP16, BF16):
+        with pytest.raises(GraphError, match=f"is {own}") as caught:
+            check_static_activations(graph_of(own))
+        assert "calibrate" in caught.value.hint
 
 
 @pytest.mark.parametrize("own", [FP16, BF16, INT8, FP8])

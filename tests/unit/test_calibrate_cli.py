@@ -157,7 +157,8 @@ def test_one_step_calibrates_and_builds(folder, classifier) -> None:
     graph = folder / "model.int8.onnx"
     engine = Engine.load(folder / "model.int8.engine")
     assert engine.manifest.precision is Precision.INT8
-    assert engine.manifest.target["arithmetic"] == "int8, fp32"
+    assert engine.manifest.target["passes"] == {"EncoderLayers": "2 of 2"}
+    assert "int8 products (a step for each token)" in engine.manifest.target["arithmetic"]
     assert manifest["calibration"] == read_info(graph).calibration
     assert manifest["golden_max_abs"] > 0, "the golden request was checked"
     kinds = [(link.kind, link.sha256) for link in engine.manifest.chain]
@@ -187,10 +188,19 @@ def test_a_calibrated_graph_needs_no_flag_and_takes_no_other(folder) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_8_bits_of_an_fp32_graph_need_data(folder, precision) -> None:
-    error, hint = error_of(call(*BUILD, f"--{precision}"))
+    error, hint = error_of(call(*BUILD, f"--{precision}", "--no-plugin"))
     assert f"{precision} needs ranges, and model.onnx is an fp32 graph" in error
     assert f"build-engine --{precision} --data" in hint
     assert not (folder / f"model.{precision}.engine").exists()
+
+
+def test_int8_without_data_measures_each_token(folder) -> None:
+    result = call(*BUILD, "--int8")
+    assert result.exit_code == 0, result.output
+    engine = Engine.load(folder / "model.int8.engine")
+    assert engine.manifest.calibration is None and engine.manifest.precision is Precision.INT8
+    error, hint = error_of(call(*BUILD, "--int8", "--static-activations"))
+    assert "static activations" in error and "calibrate" in hint
 
 
 @pytest.mark.parametrize("precision", ["fp8", "fp16", "bf16"])

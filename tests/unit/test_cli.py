@@ -68,6 +68,7 @@ def test_bench_writes_json_and_markdown(built, call, tmp_path):
         "0",
         "--max-runs",
         "3",
+        "--no-ceiling",
         "--json",
         "b.json",
         "--markdown",

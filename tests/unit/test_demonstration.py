@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import convbert_deploy.demonstration as demonstration
-from convbert_deploy.benchmark import BenchOptions
+from convbert_deploy.benchmarking import BenchOptions
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.errors import PluginError
 

@@ -37,7 +37,7 @@ def test_manifest_tells_everything(engine, classifier, classifier_graph):
     manifest = engine.manifest
     assert manifest.backend == "onnxruntime-cpu"
     assert manifest.chain == (classifier.origin(), classifier_graph.origin())
-    assert manifest.plugin_nodes == 4
+    assert manifest.plugin_nodes == 4, "two layers, rows packed and unpacked"
     assert manifest.padding == "hf"
     assert manifest.profile.seq == ShapeRange(1, 32, 128), "cut to the model's 128 positions"
     assert manifest.golden_max_abs < 1e-5
@@ -45,9 +45,20 @@ def test_manifest_tells_everything(engine, classifier, classifier_graph):
     assert on_disk == {*manifest.files, MANIFEST}
 
 
-def test_our_kernel_runs_not_the_inlined_function(engine):
+@pytest.fixture
+def without_the_pass(monkeypatch):
+    """CPU engines of the exported layers' operators, as where EncoderLayers does not fire."""
+    from convbert_deploy.build_cpu import LayersGraph
+    from convbert_deploy.passes.pass_report import PassReport
+
+    left = LayersGraph(None, PassReport("EncoderLayers", 2, 0, ("left",)), "")
+    monkeypatch.setattr("convbert_deploy.build.graph_with_layers", lambda graph, request: left)
+
+
+def test_our_kernel_runs_not_the_inlined_function(classifier_graph, tmp_path, without_the_pass):
     import onnx
 
+    engine = build_engine(classifier_graph, tmp_path / "k.engine", BuildOptions(backend=ORT))
     model = onnx.load(engine.path / "model.onnx")
     assert not model.functions
     kinds = [node.op_type for node in nodes_of(model)]
@@ -213,7 +224,9 @@ def _value_of_the_attention(model, backend):
     ],
     ids=["shift-by-one", "another value"],
 )
-def test_a_wrong_engine_is_not_written(classifier_graph, tmp_path, monkeypatch, wrong):
+def test_a_wrong_engine_is_not_written(
+    classifier_graph, tmp_path, monkeypatch, without_the_pass, wrong
+):
     monkeypatch.setattr("convbert_deploy.build.for_our_kernels", wrong)
     with pytest.raises(EngineError, match="golden request wrongly"):
         build_engine(classifier_graph, tmp_path / "w.engine", BuildOptions(backend=ORT))

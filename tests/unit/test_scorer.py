@@ -171,6 +171,19 @@ def test_masked_engines_share_buckets_and_answer_the_same(tokenizer, task):
     assert (last == tokenizer.sep_id).all()
 
 
+def test_texts_of_like_length_share_a_batch_within_the_budget(tokenizer):
+    task = Task.SEQUENCE_CLASSIFICATION
+    objects = [{"text": "good " * count} for count in (1, 20, 2, 21, 3, 22)]
+    alone = Scorer(RecordingRunner(task), tokenizer, options(task)).score_json(objects)
+    runner = RecordingRunner(task)
+    chosen = options(task, padding="masked", length_multiple=1, batch_tokens=75)
+
+    assert Scorer(runner, tokenizer, chosen).score_json(objects) == alone
+    shapes = [batch["input_ids"].shape for batch in runner.batches]
+    assert shapes == [(3, 24), (3, 5)]
+    assert (runner.batches[0]["attention_mask"].sum(1) == [24, 23, 22]).all()
+
+
 def test_profile_bounds_the_batches(tokenizer):
     profile = ShapeProfile(batch=ShapeRange(3, 3, 3), seq=ShapeRange(8, 8, 32))
     task, runner = Task.SEQUENCE_CLASSIFICATION, RecordingRunner(Task.SEQUENCE_CLASSIFICATION)

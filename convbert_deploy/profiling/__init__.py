@@ -1,0 +1,1 @@
+"""Where an engine's time goes: by operator, by encoder layer, by kernel, and what is not fused."""
