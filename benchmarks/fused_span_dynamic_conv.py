@@ -58,7 +58,11 @@ def separate() -> onnx.ModelProto:
         previous = made
     infos = [
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", "seq", width])
-        for name, width in (("key_conv", CHANNELS), ("projections", 4 * CHANNELS), ("out", CHANNELS))
+        for name, width in (
+            ("key_conv", CHANNELS),
+            ("projections", 4 * CHANNELS),
+            ("out", CHANNELS),
+        )
     ]
     return helper.make_model(
         helper.make_graph(nodes, "branches", infos[:2], infos[2:], initializers),

@@ -132,6 +132,18 @@ _BF16 = Tolerance(max_scaled=0.4, mean_scaled=0.07, min_cosine=0.94, min_argmax_
 # ``evaluate --budget`` judges on real texts.
 _EIGHT_BIT = Tolerance(max_scaled=0.45, mean_scaled=0.08, min_argmax_agreement=0.95)
 
+# CPU engines on our EncoderLayer (2026-11-21, an EPYC with AVX-512 VNNI and BF16), the 18 cases
+# of ``verify``:
+# bf16: trained classifier max 0.0082, mean 0.0019; trained tagger 0.0034, 0.0003; realistic small,
+#   12 layers: encoder 0.045, 0.006, sequence classification 0.037, 0.010, question answering 0.124,
+#   0.043. Less than the control, so its row stays.
+# int8, a step for each token, no calibration: classifier 0.073, 0.024; tagger 0.012, 0.0015; of
+#   calibrated graphs 0.233, 0.033 and 0.015, 0.0016, with static steps 0.247, 0.043 and 0.091,
+#   0.0021. The row of 8 bits stays: 1.8 times the worst. Random heads are harder: realistic small
+#   0.217, 0.050, and question answering 0.534, 0.078, outside it, because its logits have a
+#   deviation of 0.2 only.
+_CPU_BF16, _CPU_INT8 = _BF16, _EIGHT_BIT
+
 #: (backend, precision) to bounds. ``onnx`` is the exported graph in stock ONNX Runtime on CPU.
 TOLERANCES: dict[tuple[str, Precision], Tolerance] = {
     # CPU: measured as said above.
@@ -142,8 +154,8 @@ TOLERANCES: dict[tuple[str, Precision], Tolerance] = {
     ("onnx", Precision.FP8): _EIGHT_BIT,
     ("onnxruntime-cpu", Precision.FP32): _FP32,
     ("onnxruntime-cpu", Precision.FP16): _FP16,
-    ("onnxruntime-cpu", Precision.BF16): _BF16,
-    ("onnxruntime-cpu", Precision.INT8): _EIGHT_BIT,
+    ("onnxruntime-cpu", Precision.BF16): _CPU_BF16,
+    ("onnxruntime-cpu", Precision.INT8): _CPU_INT8,
     ("onnxruntime-cpu", Precision.FP8): _EIGHT_BIT,
     # GPU: fp32 derived, not measured; half types by the CPU control, which rounds after every
     # operator as these do, or more often than a fused kernel.

@@ -25,7 +25,8 @@ class HalfTables(ir.passes.InPlacePass):
             if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < _MIN_ELEMENTS:
                 continue
             readers = {(node.op_type, index) for node, index in value.uses()}
-            if readers == {("Gather", 0)}:
+            inside = not any(node.outputs[0].is_graph_output() for node, _ in value.uses())
+            if readers == {("Gather", 0)} and inside:
                 modified |= _halved(model, value, tensor.numpy())
         return ir.passes.PassResult(model, modified)
 

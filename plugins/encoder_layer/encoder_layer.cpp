@@ -1,6 +1,7 @@
 // Checks, the cutting into tasks, the choice of the instruction set, and the portable phases.
 #include "encoder_layer.h"
 
+#include <atomic>
 #include <new>
 #include <vector>
 
@@ -55,23 +56,14 @@ Status checkShapes(EncoderLayer const& layer) noexcept {
 }
 
 Status checkRowStarts(EncoderLayerParams const& p) noexcept {
-  if (p.batch < 0 || p.rows < 0 || (p.batch == 0) != (p.rows == 0 && p.rowStarts == nullptr)) {
-    if (p.batch < 0 || p.rows < 0 || p.rowStarts == nullptr) {
-      return Status::kBadSize;
-    }
-  }
-  if (p.rowStarts == nullptr) {
-    return Status::kOk;
-  }
-  if (p.rowStarts[0] != 0 || p.rowStarts[p.batch] != p.rows) {
+  if (p.batch < 0 || p.rows < 0 || p.rowStarts == nullptr) {
     return Status::kBadSize;
   }
+  bool rising = p.rowStarts[0] == 0 && p.rowStarts[p.batch] == p.rows;
   for (int64_t b = 0; b < p.batch; ++b) {
-    if (p.rowStarts[b + 1] < p.rowStarts[b]) {
-      return Status::kBadSize;
-    }
+    rising = rising && p.rowStarts[b + 1] >= p.rowStarts[b];
   }
-  return Status::kOk;
+  return rising ? Status::kOk : Status::kBadSize;
 }
 
 struct RowTasks {
@@ -79,7 +71,7 @@ struct RowTasks {
   void (*run)(LayerChunk const&, int64_t, int64_t, void*);
   int64_t rowsPerTask;
   size_t scratchBytes;
-  bool failed;
+  std::atomic<bool> failed{false};
 };
 
 void runRowTask(void* data, size_t index) {
@@ -107,7 +99,7 @@ struct AttentionTasks {
   void (*run)(LayerChunk const&, int64_t, int32_t, int64_t, int64_t, void*);
   std::vector<AttentionTask> list;
   size_t scratchBytes;
-  bool failed;
+  std::atomic<bool> failed{false};
 };
 
 void runAttentionTask(void* data, size_t index) {
@@ -179,11 +171,10 @@ Status runChunk(LayerChunk& chunk, ParallelFor const& parallel) {
 
   LayerPhases const& phases = phasesOf(chunk.instructionSet);
   int64_t const perTask = rowsOfTask(chunk.rows, parallel.threads, chunk.instructionSet);
-  RowTasks rows{&chunk, phases.project, perTask, static_cast<size_t>(rowScratchBytes(layer)), false};
+  RowTasks rows{&chunk, phases.project, perTask, static_cast<size_t>(rowScratchBytes(layer))};
   size_t const parts = ceilDivide(chunk.rows, perTask);
   AttentionTasks attention{&chunk, phases.attend, attentionTasks(chunk, parallel.threads),
-                           static_cast<size_t>(attentionScratchBytes(layer, longestSequence(chunk))),
-                           false};
+                           static_cast<size_t>(attentionScratchBytes(layer, longestSequence(chunk)))};
   bool done = parallel.run(parallel.context, parts, runRowTask, &rows);
   done = done && parallel.run(parallel.context, attention.list.size(), runAttentionTask, &attention);
   rows.run = phases.finish;

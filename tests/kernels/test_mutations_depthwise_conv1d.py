@@ -13,7 +13,10 @@ CPU_MUTATIONS = {
     "last tap dropped": ("if (k >= 0 && k < kernelSize)", "if (k >= 0 && k < kernelSize - 1)"),
     "left edge: row -1 read": ("row < half ? half - row : 0", "row < half ? half - row - 1 : 0"),
     "left edge: row 0 left out": ("row < half ? half - row : 0", "row < half ? half - row + 1 : 0"),
-    "right edge: row seq read": ("row + kRows + half - run.seq", "row + kRows + half - run.seq - 1"),
+    "right edge: row seq read": (
+        "row + kRows + half - run.seq",
+        "row + kRows + half - run.seq - 1",
+    ),
     "mask ignored for inputs": ("run.mask[at] == 0", "false"),
     "pad rows not zeroed": ("run.mask[row + r] == 0", "false"),
     "mask of the first sequence for all": ("b * p.maskBatchStride", "0 * p.maskBatchStride"),
@@ -37,7 +40,10 @@ CUDA_MUTATIONS = {
     "mask of the first sequence for all": ("batch * p.maskBatchStride", "0 * p.maskBatchStride"),
     "pad rows not zeroed": ("run.present >> (r + K / 2) & 1u", "true"),
     "window turned by one": ("window[(j + k) % K][i]", "window[(j + k + 1) % K][i]"),
-    "weights of the first channels": ("int64_t(k) * p.channels + channel", "int64_t(k) * p.channels"),
+    "weights of the first channels": (
+        "int64_t(k) * p.channels + channel",
+        "int64_t(k) * p.channels",
+    ),
 }
 #: Seen only where a thread takes more than one row: with few multiprocessors.
 CUDA_RUN_MUTATIONS = {

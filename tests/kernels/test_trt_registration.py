@@ -83,7 +83,9 @@ def test_registers_itself_when_opened_locally(fake_tensorrt, tensorrt_library, m
     """Triton's ``plugins=``: dlopen(RTLD_LOCAL) beside a TensorRT opened the same way. Whoever asks
     for the creators registers them himself, so they are taken back first."""
     done = run_host(fake_tensorrt(major * 10000 + 1401), tensorrt_library)
-    assert done.stdout.split("\n")[0] == f"[{OPERATORS}] [{OPERATORS}, {OPERATORS}] {OPERATORS}", done
+    assert done.stdout.split("\n")[0] == f"[{OPERATORS}] [{OPERATORS}, {OPERATORS}] {OPERATORS}", (
+        done
+    )
 
 
 def test_registers_itself_under_ld_preload(fake_tensorrt, tensorrt_library, major) -> None:
@@ -92,7 +94,9 @@ def test_registers_itself_under_ld_preload(fake_tensorrt, tensorrt_library, majo
     asked = run_host("", tensorrt_library, **preload, CONVBERT_LOAD_TENSORRT="1")
     assert asked.stdout.startswith(f"[{OPERATORS}] "), asked
     not_asked = run_host("", tensorrt_library, **preload)
-    assert not_asked.stdout.startswith("[] "), "a preloaded library loads TensorRT only when told to"
+    assert not_asked.stdout.startswith("[] "), (
+        "a preloaded library loads TensorRT only when told to"
+    )
 
 
 def test_a_missing_tensorrt_is_named(tensorrt_library, tmp_path) -> None:

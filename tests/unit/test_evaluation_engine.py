@@ -16,6 +16,7 @@ from convbert_deploy.cli import main
 from convbert_deploy.engine import MANIFEST, Engine
 from convbert_deploy.exporting import ExportOptions, export
 from convbert_deploy.graph import Graph
+from convbert_deploy.operators.packed_weight import packed, unpacked
 from convbert_deploy.provenance import sha256_of_file
 from convbert_deploy.serving.answering import open_scorer
 
@@ -56,11 +57,14 @@ def tampered(engine, tmp_path):
 
         copy = shutil.copytree(engine.path, tmp_path / "tampered.engine")
         model = onnx.load(copy / "model.onnx")
-        for tensor in model.graph.initializer:
-            for ending, change in changes.items():
-                if tensor.name.endswith(ending.replace("__", ".")):
-                    array = change(numpy_helper.to_array(tensor))
-                    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        for ending, change in changes.items():
+            (tensor,) = [
+                tensor
+                for tensor in model.graph.initializer
+                if tensor.name.endswith(ending.replace("__", "."))
+            ]
+            array = change(numpy_helper.to_array(tensor))
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         onnx.save(model, copy / "model.onnx")
         manifest = json.loads((copy / MANIFEST).read_text())
         manifest["files"]["model.onnx"] = sha256_of_file(copy / "model.onnx")
@@ -98,14 +102,19 @@ def test_the_metric_is_what_counting_gives(engine, call, sample_texts):
     assert report["reference"] is None and report["distance"] is None
 
 
+def _doubled(blob: np.ndarray) -> np.ndarray:
+    linear = unpacked(blob)
+    return packed(dataclasses.replace(linear, weight=2 * linear.weight))
+
+
 FAULTS = {
     # NOUN and VERB are each other's answers
     "classifier rows swapped": {
         "classifier__weight": lambda w: w[:, [4, 1, 2, 3, 0, *range(5, 14)]],
     },
-    "a scale doubled": {f"{LAYER}output.dense.weight": lambda w: 2 * w},
-    "an axis turned": {f"{LAYER}attention.self.depthwise.weight": lambda w: w[::-1].copy()},
-    "a zero point off": {f"{LAYER}intermediate.dense.bias": lambda b: b + np.float32(0.25)},
+    "a scale doubled": {f"{LAYER}down.packed_weight": _doubled},
+    "an axis turned": {f"{LAYER}depthwise_weight": lambda w: w[::-1].copy()},
+    "a zero point off": {f"{LAYER}up.bias": lambda b: b + np.float32(0.25)},
 }
 
 
