@@ -258,6 +258,7 @@ def _build_plan(
     profile: ShapeProfile,
     options: BuildOptions,
 ) -> _Built:
+    from convbert_deploy.backends.buckets import length_profiles
     from convbert_deploy.backends.tensorrt import PlanOptions, build_plan
     from convbert_deploy.plugin_library import tensorrt_library
 
@@ -270,7 +271,9 @@ def _build_plan(
         expected_plugin_layers=len(nodes_of(model)) if options.plugin else 0,
     )
     write_model(model, folder / GRAPH)
-    plan = build_plan(folder / GRAPH, profile, plan_options)
+    # TensorRT-RTX chooses its kernels when a shape first runs, TensorRT by the profile.
+    profiles = length_profiles(profile) if backend == "tensorrt" else (profile,)
+    plan = build_plan(folder / GRAPH, profiles, plan_options)
     (folder / PLAN).write_bytes(plan.data)
     target = {
         "platform": platform_name(),

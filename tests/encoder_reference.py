@@ -33,8 +33,16 @@ class UnpackRows(OpRun):
 class EncoderLayer(OpRun):
     op_domain = "convbert"
 
-    def _run(self, *inputs, num_heads=None, kernel_size=None, epsilon=None, attention=None):
-        attributes = LayerAttributes(num_heads, kernel_size, epsilon, attention)
+    def _run(
+        self,
+        *inputs,
+        num_heads=None,
+        kernel_size=None,
+        epsilon=None,
+        attention=None,
+        first_row_only=None,
+    ):
+        attributes = LayerAttributes(num_heads, kernel_size, epsilon, attention, first_row_only)
         values = LayerInputs.from_order(inputs)
         return (reference.encoder_layer(values, attributes, torch.float64).astype(np.float32),)
 

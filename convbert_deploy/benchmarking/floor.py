@@ -13,9 +13,13 @@ G = ``num_groups`` and E = ``embedding_size``, each layer takes, times 2 L:
 * attention scores and context: ``2 L A``
 * attention output: ``2 A H``; feed-forward: ``2 H I / G``
 
-and the model ``E H`` where E differs from H, and its head. The weights are those of the same
-products, each read once a batch, in the bytes of the arithmetic; of the embedding tables only a few
-rows are read, which are left out. All products are counted at the rate of the candidate's arithmetic.
+and the model ``E H`` where E differs from H, and its head. Where a task reads one row of the last
+layer (sequence classification, multiple choice), the attention output and the feed-forward block of
+that layer count for one row.
+
+The weights are those of the same products, each read once a batch, in the bytes of the arithmetic; of
+the embedding tables only a few rows are read, which are left out. All products are counted at the
+rate of the candidate's arithmetic.
 """
 
 from __future__ import annotations
@@ -104,8 +108,12 @@ class Costs:
         attention = 2 * width * sizes.num_hidden_layers
         tokens, squares = sum(lengths), sum(length * length for length in lengths)
         head_rows = len(lengths) if self._per_sequence else tokens
+        unread = self._weights_after_mixing() * (tokens - head_rows)
         return 2.0 * (
-            (linear + windows) * tokens + attention * squares + self._head_weights() * head_rows
+            (linear + windows) * tokens
+            - unread
+            + attention * squares
+            + self._head_weights() * head_rows
         )
 
     def weight_bytes(self, arithmetic: str) -> float:
@@ -140,9 +148,15 @@ class Costs:
             + hidden * taps
             + hidden * width
             + width * sizes.heads * taps
-            + 2 * width * hidden
-            + 2 * hidden * sizes.intermediate_size // sizes.num_groups
+            + self._weights_after_mixing()
         )
+
+    def _weights_after_mixing(self) -> int:
+        """Of a layer's products after attention and convolution, which treat rows alike."""
+        sizes = self.architecture
+        width = sizes.heads * sizes.head_dim
+        block = 2 * sizes.hidden_size * sizes.intermediate_size // sizes.num_groups
+        return 2 * width * sizes.hidden_size + block
 
     def _embedding_weights(self) -> int:
         sizes = self.architecture

@@ -6,7 +6,8 @@ them. The pass ``EncoderLayers`` puts them into a graph. Kernels: plugins/encode
 * ``PackRows(hidden (B, S, H), attention_mask int64 (B, S); keep_pads)`` -> ``rows (T, H)``,
   ``row_starts`` int64 (B + 1). keep_pads 0 keeps real tokens alone (each row of the mask is ones
   and then zeros), keep_pads 1 all B * S rows.
-* ``EncoderLayer`` (``LayerInputs``, ``LayerAttributes``) -> ``(T, H)``.
+* ``EncoderLayer`` (``LayerInputs``, ``LayerAttributes``) -> ``(T, H)``, or with first_row_only
+  ``(B, H)``: of each sequence its first row, zeros for a sequence without rows.
 * ``UnpackRows(rows (T, H), attention_mask int64 (B, S); keep_pads)`` -> ``(B, S, H)``, zeros where
   a pad was left out.
 
@@ -79,12 +80,15 @@ class LayerInputs(Generic[T]):
 @dataclasses.dataclass(frozen=True)
 class LayerAttributes:
     """num_heads, kernel_size (odd): of the layer. epsilon: of both LayerNorms. attention: 0
-    computes attention in float32, 1 in bfloat16, in which intermediate rows are then stored too."""
+    computes attention in float32, 1 in bfloat16, in which intermediate rows are then stored too.
+    first_row_only: 1 computes what comes after keys and values for the first row of each sequence
+    alone, 78 % of the layer's products in base."""
 
     num_heads: int
     kernel_size: int
     epsilon: float
     attention: int = 0
+    first_row_only: int = 0
 
     @classmethod
     def of(cls, node: onnx.NodeProto) -> LayerAttributes:

@@ -48,7 +48,8 @@ def encoder_layer(
     attributes: LayerAttributes,
     dtype: torch.dtype = torch.float64,
 ) -> np.ndarray:
-    """One layer (arXiv 2008.02496, figure 3) of rows (T, H) -> (T, H), in ``dtype``.
+    """One layer (arXiv 2008.02496, figure 3) of rows (T, H) -> (T, H), or (B, H) with
+    first_row_only, in ``dtype``. No sequence is empty.
 
     ``attributes.attention`` is not looked at: attention is exact here.
     """
@@ -90,7 +91,8 @@ def encoder_layer(
     mixed = torch.cat([torch.cat(context), torch.cat(convolved)], dim=-1)
     attended = norm("attention", linear("attention_output", mixed) + rows)
     activated = torch.nn.functional.gelu(linear("up", attended))
-    return norm("output", linear("down", activated) + attended).numpy()
+    output = norm("output", linear("down", activated) + attended).numpy()
+    return output[inputs.row_starts[:-1]] if attributes.first_row_only else output
 
 
 def _attention(

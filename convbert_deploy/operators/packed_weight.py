@@ -31,6 +31,8 @@ BLOCK = 64
 _PANEL = 16
 _ALIGNMENT = 64
 _HEADER = struct.Struct("<8siiqqfi")
+# What the kernel accepts: sums of int8 products stay below 2^31, byte counts below 2^63.
+_MOST, _MOST_INT8_INPUTS, _MOST_GROUPS = 1 << 24, 1 << 16, 1 << 16
 
 
 class WeightType(enum.IntEnum):
@@ -79,7 +81,8 @@ def packed(linear: LinearWeight) -> np.ndarray:
     """The blob: uint8, one axis.
 
     Raises:
-        GraphError: shapes that do not fit each other, or an int8 weight without scales.
+        GraphError: shapes that do not fit each other, an int8 weight without scales, or what the
+            kernel would refuse: too many inputs or outputs, an activation scale that is no step.
     """
     _check(linear)
     groups, inputs, outputs = linear.weight.shape
@@ -172,6 +175,26 @@ def _from_blocks(part: np.ndarray, kind: WeightType, inputs: int, outputs: int) 
 
 
 def _check(linear: LinearWeight) -> None:
+    _check_arrays(linear)
+    groups, inputs, outputs = linear.weight.shape
+    most = _MOST_INT8_INPUTS if linear.type is WeightType.INT8 else _MOST
+    if not (
+        1 <= groups <= _MOST_GROUPS
+        and 1 <= inputs <= most
+        and outputs >= 1
+        and groups * max(inputs, outputs) <= _MOST
+    ):
+        raise GraphError(
+            f"{groups} groups of {inputs} inputs and {outputs} outputs, expected at most {most} inputs "
+            f"of a group and {_MOST} of all"
+        )
+    if not 0 <= linear.activation_scale < float("inf"):
+        raise GraphError(
+            f"an activation scale of {linear.activation_scale}, expected a finite one of 0 or more"
+        )
+
+
+def _check_arrays(linear: LinearWeight) -> None:
     if linear.weight.ndim != 3:
         raise GraphError(f"a weight of shape {linear.weight.shape}, expected (groups, in, out)")
     groups, inputs, outputs = linear.weight.shape

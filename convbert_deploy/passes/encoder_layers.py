@@ -46,6 +46,9 @@ class ReportedResult(ir.passes.PassResult):
 class EncoderLayers(ir.passes.InPlacePass):
     """``PackRows``, an ``EncoderLayer`` for each encoder layer, ``UnpackRows``.
 
+    Where only the first row of each sequence is read of the last layer, as by a sequence classifier,
+    that layer computes no other, and nothing is unpacked.
+
     A graph with padding hf keeps its pads as rows, a masked one leaves them out. All or nothing:
     one layer that does not match leaves the graph as it is, and the report names it.
 
@@ -86,8 +89,14 @@ class EncoderLayers(ir.passes.InPlacePass):
                 *_REPLACED,
             )
         }
-        if counts[encoder_layer.OP_TYPE] and list(counts.values())[1:] != [1, 1, 0, 0]:
+        whole = [1, 0 if _of_first_rows(model) else 1, 0, 0]
+        if counts[encoder_layer.OP_TYPE] and list(counts.values())[1:] != whole:
             raise ir.passes.PostconditionError(f"half a rewrite: {counts}")
+
+
+def _of_first_rows(model: ir.Model) -> bool:
+    nodes = [node for node in model.graph if node.op_type == encoder_layer.OP_TYPE]
+    return any(node.attributes.get_int("first_row_only", 0) for node in nodes)
 
 
 def _matched(anchors: list[ir.Node]) -> tuple[list[Layer], tuple[str, ...]]:
@@ -118,6 +127,21 @@ def _chain_faults(layers: list[Layer]) -> tuple[str, ...]:
     return tuple(faults)
 
 
+def _first_row_selections(hidden: ir.Value) -> list[ir.Node]:
+    """The Gathers of each sequence's first row, if they are all that reads ``hidden`` (B, S, H)."""
+    readers = [node for node, _ in hidden.uses()]
+    if hidden.is_graph_output() or not all(_is_first_row(node) for node in readers):
+        return []
+    return readers
+
+
+def _is_first_row(node: ir.Node) -> bool:
+    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 1:
+        return False
+    index = node.inputs[1].const_value if node.inputs[1] is not None else None
+    return index is not None and index.shape.rank() == 0 and index.numpy().item() == 0
+
+
 class _Rewrite:
     """One graph on its way from many nodes a layer to one."""
 
@@ -134,12 +158,19 @@ class _Rewrite:
         )
         rows, row_starts = pack.outputs
         rows.name, row_starts.name = "encoder.rows", "encoder.row_starts"
+        selections = _first_row_selections(last.output)
         for index, layer in enumerate(self._layers):
-            rows = self._layer(index, layer, rows, row_starts)
-        unpack = self._insert(last, encoder_layer.UNPACK_ROWS, [rows, first.mask], attributes)
-        self._take_place_of(last.output, unpack.outputs[0])
+            only = bool(selections) and layer is last
+            rows = self._layer(index, layer, (rows, row_starts), first_row_only=only)
+        for selection in selections:
+            self._take_place_of(selection.outputs[0], rows)
+        if not selections:
+            unpack = self._insert(last, encoder_layer.UNPACK_ROWS, [rows, first.mask], attributes)
+            self._take_place_of(last.output, unpack.outputs[0])
 
-    def _layer(self, index: int, layer: Layer, rows: ir.Value, row_starts: ir.Value) -> ir.Value:
+    def _layer(
+        self, index: int, layer: Layer, rows: tuple[ir.Value, ir.Value], *, first_row_only: bool
+    ) -> ir.Value:
         prefix = f"encoder.layer.{index}"
 
         def constants(name: str, linear: Linear, kind: WeightType) -> dict[str, ir.Value]:
@@ -156,13 +187,15 @@ class _Rewrite:
         for name, array in layer.vectors.items():
             values[name] = self._constant(f"{prefix}.{name}", array)
         inputs = LayerInputs[ir.Value](
-            rows=rows,
-            row_starts=row_starts,
+            rows=rows[0],
+            row_starts=rows[1],
             attention_mask=None if layer.masked else layer.mask,
             **values,
         )
         attributes = dataclasses.replace(
-            layer.attributes, attention=int(self._options.bfloat16_attention)
+            layer.attributes,
+            attention=int(self._options.bfloat16_attention),
+            first_row_only=int(first_row_only),
         )
         node = self._insert(
             layer,

@@ -69,22 +69,23 @@ class Workload:
 def kernels_of(
     runs: Sequence[Run],
     workload: Workload,
-    phases_ms: Mapping[str, Mapping[str, float]] | None = None,
+    phases: Mapping[str, Mapping[str, float]] | None = None,
 ) -> tuple[Kernel, ...]:
     """One Kernel for each node, in the order of execution, with its typical time over ``runs``.
 
     Args:
         runs: of one shape, warm; nodes that do not take part in every run are left out.
-        phases_ms: time by phase for nodes whose kernel measures its own, by node name.
+        phases: by node name, how the kernels that measure themselves spend their time: numbers by
+            phase, in any unit.
     """
     first = runs[0].nodes
     times: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
     for run in runs:
         for key, node in zip(_keys(run.nodes), run.nodes, strict=True):
             times[key].append(node.duration_us)
-    phases_ms = phases_ms or {}
+    phases = phases or {}
     return tuple(
-        _kernel(node, place, middle_mean(times[key]) / 1e3, workload, phases_ms.get(node.name, {}))
+        _kernel(node, place, middle_mean(times[key]) / 1e3, workload, phases.get(node.name, {}))
         for key, node, place in zip(_keys(first), first, places(first), strict=True)
         if len(times[key]) == len(runs)
     )
@@ -108,12 +109,13 @@ def _keys(nodes: Sequence[NodeRun]) -> list[tuple[str, int]]:
 
 
 def _kernel(
-    node: NodeRun, place: Place, ms: float, workload: Workload, phases_ms: Mapping[str, float]
+    node: NodeRun, place: Place, ms: float, workload: Workload, phases: Mapping[str, float]
 ) -> Kernel:
     product = product_of(node)
     gflop = product.gflop if product else None
     if node.op_type == ENCODER_LAYER:
         gflop = layer_gflop(workload.architecture, workload.batch, workload.seq)
+    whole = sum(phases.values()) or 1.0
     output = "x".join(map(str, node.outputs[0].shape)) if node.outputs else ""
     return Kernel(
         name=node.name,
@@ -123,5 +125,5 @@ def _kernel(
         shape=str(product) if product else output,
         element_type=product.type if product else "",
         gflop=gflop,
-        phases_ms=dict(phases_ms),
+        phases_ms={phase: ms * spent / whole for phase, spent in phases.items()},
     )

@@ -20,7 +20,7 @@ from convbert_deploy.profiling.attribution import place_of
 from convbert_deploy.profiling.findings import THRESHOLD, not_fused
 from convbert_deploy.profiling.kernels import Kernel, Workload, kernels_of, middle_mean
 from convbert_deploy.profiling.profile_report import ProfileReport
-from convbert_deploy.profiling.recording import read_recording
+from convbert_deploy.profiling.recording import read_layer_times, read_recording
 
 _CUDA_NOTE = (
     "on CUDA a node's time is what its launch took on the host, not its time on the device: only "
@@ -75,7 +75,7 @@ def profile(
 def _onnxruntime(
     engine: Engine, batch: Batch, options: ProfileOptions, progress: Callable[[str], None]
 ) -> ProfileReport:
-    from convbert_deploy.backends.onnxruntime import profiled
+    from convbert_deploy.backends.onnxruntime import LAYER_TIMES_FILE, profiled
 
     chosen = RunnerOptions(threads=options.threads)
     progress("without the profiler")
@@ -89,9 +89,10 @@ def _onnxruntime(
         if len(files) != 1:
             raise EngineError(f"ONNX Runtime wrote {len(files)} profiles, expected one")
         runs = read_recording(files[0])[options.warmup :]
+        phases = read_layer_times(folder / LAYER_TIMES_FILE)
     *rows, seq = batch["input_ids"].shape
     workload = Workload(engine.manifest.architecture, math.prod(rows), seq)
-    kernels = kernels_of(runs, workload)
+    kernels = kernels_of(runs, workload, phases)
     cuda = engine.manifest.backend == "onnxruntime-cuda"
     passes = engine.manifest.target.get("passes") or {}
     built = tuple(f"when it was built, {name}: {text}" for name, text in passes.items())

@@ -65,6 +65,16 @@ def read_recording(path: pathlib.Path) -> tuple[Run, ...]:
     return runs
 
 
+def read_layer_times(path: pathlib.Path) -> dict[str, dict[str, int]]:
+    """Nanoseconds by part, by node, as EncoderLayer's kernels wrote them; empty without a file."""
+    times: dict[str, dict[str, int]] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            node, part, nanoseconds = line.split("\t")
+            times.setdefault(node, {})[part] = int(nanoseconds)
+    return times
+
+
 def _runs(events: Sequence[Mapping[str, Any]]) -> Iterable[Run]:
     """Nodes belong to the run whose time span they begin in."""
     spans = sorted(

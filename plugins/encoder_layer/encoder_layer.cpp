@@ -1,6 +1,7 @@
 // Checks, the cutting into tasks, the choice of the instruction set, and the portable phases.
 #include "encoder_layer.h"
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 #include <vector>
@@ -69,6 +70,7 @@ Status checkRowStarts(EncoderLayerParams const& p) noexcept {
 struct RowTasks {
   LayerChunk const* chunk;
   void (*run)(LayerChunk const&, int64_t, int64_t, void*);
+  int64_t rows;
   int64_t rowsPerTask;
   size_t scratchBytes;
   std::atomic<bool> failed{false};
@@ -78,7 +80,7 @@ void runRowTask(void* data, size_t index) {
   RowTasks& tasks = *static_cast<RowTasks*>(data);
   int64_t const first = static_cast<int64_t>(index) * tasks.rowsPerTask;
   int64_t const beyond = first + tasks.rowsPerTask;
-  int64_t const last = beyond < tasks.chunk->rows ? beyond : tasks.chunk->rows;
+  int64_t const last = beyond < tasks.rows ? beyond : tasks.rows;
   Scratch const scratch(tasks.scratchBytes);
   if (scratch.data() == nullptr) {
     tasks.failed = true;
@@ -122,6 +124,14 @@ int64_t rowsOfTask(int64_t rows, int32_t threads, InstructionSet instructionSet)
   return rowsPerTask < kTaskRows ? rowsPerTask : kTaskRows;
 }
 
+bool runRowTasks(LayerChunk const& chunk, ParallelFor const& parallel, int64_t rows,
+                 void (*run)(LayerChunk const&, int64_t, int64_t, void*)) {
+  int64_t const perTask = rowsOfTask(rows, parallel.threads, chunk.instructionSet);
+  RowTasks tasks{&chunk, run, rows, perTask, static_cast<size_t>(rowScratchBytes(*chunk.layer))};
+  size_t const count = ceilDivide(rows, perTask);
+  return parallel.run(parallel.context, count, runRowTask, &tasks) && !tasks.failed;
+}
+
 // Queries of an attention task where several threads share one sequence.
 constexpr int64_t kQueriesOfTask = 192;
 
@@ -129,7 +139,8 @@ std::vector<AttentionTask> attentionTasks(LayerChunk const& chunk, int32_t threa
   EncoderLayerParams const& p = chunk.layer->params;
   std::vector<AttentionTask> list;
   for (int64_t b = chunk.firstSequence; b < chunk.lastSequence; ++b) {
-    int64_t const length = p.rowStarts[b + 1] - p.rowStarts[b];
+    int64_t const all = p.rowStarts[b + 1] - p.rowStarts[b];
+    int64_t const length = p.firstRowOnly != 0 && all > 1 ? 1 : all;
     int64_t const queries = threads == 1 ? length : kQueriesOfTask;
     for (int32_t head = 0; head < p.numHeads; ++head) {
       for (int64_t first = 0; first < length; first += queries) {
@@ -159,7 +170,10 @@ Status runChunk(LayerChunk& chunk, ParallelFor const& parallel) {
   int64_t const inputBytes = roundUp(chunk.rows * 3 * width * element, 64);
   int64_t const valueBytes = roundUp(chunk.rows * width * 4, 64);
   int64_t const logitBytes = roundUp(chunk.rows * p.numHeads * p.kernelSize * 4, 64);
-  Scratch const shared(inputBytes + 3 * valueBytes + logitBytes);
+  int64_t const outputRows =
+      p.firstRowOnly != 0 ? chunk.lastSequence - chunk.firstSequence : chunk.rows;
+  int64_t const mixedBytes = roundUp(outputRows * 2 * width * 4, 64);
+  Scratch const shared(inputBytes + valueBytes + mixedBytes + logitBytes);
   if (shared.data() == nullptr) {
     return Status::kOutOfMemory;
   }
@@ -167,19 +181,25 @@ Status runChunk(LayerChunk& chunk, ParallelFor const& parallel) {
   chunk.attentionInputs = at;
   chunk.convolutionValue = reinterpret_cast<float*>(at + inputBytes);
   chunk.mixed = reinterpret_cast<float*>(at + inputBytes + valueBytes);
-  chunk.logits = reinterpret_cast<float*>(at + inputBytes + 3 * valueBytes);
+  chunk.logits = reinterpret_cast<float*>(at + inputBytes + valueBytes + mixedBytes);
 
   LayerPhases const& phases = phasesOf(chunk.instructionSet);
-  int64_t const perTask = rowsOfTask(chunk.rows, parallel.threads, chunk.instructionSet);
-  RowTasks rows{&chunk, phases.project, perTask, static_cast<size_t>(rowScratchBytes(layer))};
-  size_t const parts = ceilDivide(chunk.rows, perTask);
   AttentionTasks attention{&chunk, phases.attend, attentionTasks(chunk, parallel.threads),
                            static_cast<size_t>(attentionScratchBytes(layer, longestSequence(chunk)))};
-  bool done = parallel.run(parallel.context, parts, runRowTask, &rows);
-  done = done && parallel.run(parallel.context, attention.list.size(), runAttentionTask, &attention);
-  rows.run = phases.finish;
-  done = done && parallel.run(parallel.context, parts, runRowTask, &rows);
-  return done && !rows.failed && !attention.failed ? Status::kOk : Status::kOutOfMemory;
+  bool const done =
+      runRowTasks(chunk, parallel, chunk.rows, phases.project) &&
+      parallel.run(parallel.context, attention.list.size(), runAttentionTask, &attention) &&
+      !attention.failed && runRowTasks(chunk, parallel, outputRows, phases.finish);
+  return done ? Status::kOk : Status::kOutOfMemory;
+}
+
+// A sequence without rows has no first one.
+void clearEmptySequences(EncoderLayerParams const& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (p.rowStarts[b] == p.rowStarts[b + 1]) {
+      std::fill_n(p.output + b * p.hidden, p.hidden, 0.0f);
+    }
+  }
 }
 
 }  // namespace
@@ -203,7 +223,8 @@ Status prepare(EncoderLayerParams const& p, EncoderLayer& layer) noexcept {
     }
     given = given && p.biases[i];
   }
-  if (!given || (p.rows > 0 && (!p.input || !p.output || !p.rowStarts))) {
+  bool const writes = p.rows > 0 || (p.firstRowOnly != 0 && p.batch > 0);
+  if (!given || (writes && !p.output) || (p.rows > 0 && (!p.input || !p.rowStarts))) {
     return Status::kNullPointer;
   }
   Status const status = checkShapes(layer);
@@ -219,7 +240,7 @@ int64_t rowScratchBytes(EncoderLayer const& layer) noexcept {
     groups = w.groups > groups ? w.groups : groups;
   }
   int64_t const converted = units + 1 + groups;
-  int64_t const floats = 2 * int64_t(p.hidden) + allOutputs(layer.weights[kUp]) +
+  int64_t const floats = (p.firstRowOnly != 0 ? 3 : 2) * int64_t(p.hidden) + allOutputs(layer.weights[kUp]) +
                          int64_t(p.numHeads) * p.headDim;
   return (converted + floats) * kTaskRows * 4 + 16 * 64;
 }
@@ -232,13 +253,14 @@ int64_t attentionScratchBytes(EncoderLayer const& layer, int64_t longest) noexce
 }
 
 Status runOnCpu(EncoderLayer const& layer, ParallelFor const& parallel,
-                InstructionSet instructionSet) noexcept {
+                InstructionSet instructionSet, PartTimes* times) noexcept {
   EncoderLayerParams const& p = layer.params;
   try {
     for (int64_t b = 0; b < p.batch;) {
       LayerChunk chunk{};
       chunk.layer = &layer;
       chunk.instructionSet = instructionSet;
+      chunk.times = times;
       chunk.firstSequence = b;
       chunk.firstRow = p.rowStarts[b];
       do {
@@ -253,6 +275,9 @@ Status runOnCpu(EncoderLayer const& layer, ParallelFor const& parallel,
       if (status != Status::kOk) {
         return status;
       }
+    }
+    if (p.firstRowOnly != 0) {
+      clearEmptySequences(p);
     }
   } catch (std::bad_alloc const&) {
     return Status::kOutOfMemory;

@@ -8,6 +8,7 @@
 #include "../runtime/instruction_set.h"
 #include "../runtime/status.h"
 #include "packed_weight.h"
+#include "part_times.h"
 
 namespace convbert {
 
@@ -25,7 +26,8 @@ enum LinearIndex : int32_t {
 // Plain data, mirrored field by field by ctypes (tests/kernels/test_encoder_layer.py).
 struct EncoderLayerParams {
   float const* input;                // (rows, hidden), contiguous
-  float* output;                     // (rows, hidden), overlaps no input
+  float* output;                     // (rows, hidden), or (batch, hidden) with firstRowOnly; overlaps no
+                                     // input
   int64_t const* rowStarts;          // (batch + 1): sequence b is rows [rowStarts[b], rowStarts[b+1])
   int64_t const* mask;               // (rows), 0 at rows that are no keys; null: all are
   void const* weights[kLinears];     // packed, see packed_weight.h
@@ -44,6 +46,7 @@ struct EncoderLayerParams {
   int32_t kernelSize;       // odd, 1 to kMaxKernelSize
   float epsilon;            // of both layer normalizations
   int32_t halfAttention;    // 1: attention on bfloat16, sums in float32
+  int32_t firstRowOnly;     // 1: of each sequence its first row, zeros for a sequence without rows
 };
 
 // The weights parsed, everything checked.
@@ -63,9 +66,9 @@ struct ParallelFor {
 };
 
 // All rows. Takes memory for at most kChunkRows rows (or the longest sequence) and for the tasks that
-// run at a time; it is kept for the next call.
+// run at a time; it is kept for the next call. `times` is added to, unless null.
 Status runOnCpu(EncoderLayer const& layer, ParallelFor const& parallel,
-                InstructionSet instructionSet) noexcept;
+                InstructionSet instructionSet, PartTimes* times = nullptr) noexcept;
 
 // Sequences are taken together up to this many rows.
 constexpr int64_t kChunkRows = 2048;
@@ -76,6 +79,7 @@ constexpr int64_t kChunkRows = 2048;
 struct LayerChunk {
   EncoderLayer const* layer;
   InstructionSet instructionSet;
+  PartTimes* times;
   int64_t firstSequence;
   int64_t lastSequence;
   int64_t firstRow;
@@ -84,7 +88,7 @@ struct LayerChunk {
   void* attentionInputs;  // query, key, value: (rows, 3 A) float32 or bfloat16
   float* convolutionValue;  // (rows, A)
   float* logits;            // (rows, numHeads * kernelSize)
-  float* mixed;             // (rows, 2 A): attention context, convolution
+  float* mixed;             // (rows of the output, 2 A): attention context, convolution
 };
 
 // One instruction set's build. `scratch` is aligned to 64 bytes.
@@ -94,9 +98,16 @@ struct LayerPhases {
   // attention context of rows [first, last) of one sequence, for one head
   void (*attend)(LayerChunk const& chunk, int64_t sequence, int32_t head, int64_t first,
                  int64_t last, void* scratch);
-  // the rest, up to the output, of rows [first, last) of the chunk
+  // the rest, up to the output, of its rows [first, last): the chunk's, or one for each sequence
   void (*finish)(LayerChunk const& chunk, int64_t first, int64_t last, void* scratch);
 };
+
+// Row of the output, counted from the chunk's first, that row `row` of a sequence becomes.
+inline int64_t outputRow(LayerChunk const& chunk, int64_t sequence, int64_t row) noexcept {
+  EncoderLayerParams const& p = chunk.layer->params;
+  return p.firstRowOnly != 0 ? sequence - chunk.firstSequence
+                             : p.rowStarts[sequence] - chunk.firstRow + row;
+}
 
 // Rows of a task at most.
 constexpr int64_t kTaskRows = 144;

@@ -1,4 +1,5 @@
 // EncoderLayer as an ONNX Runtime custom op. Weights are used where ONNX Runtime keeps them.
+#include <cstdio>
 #include <cstdlib>
 #include <thread>
 
@@ -9,7 +10,9 @@ namespace convbert::ort {
 namespace {
 
 constexpr char const* kName = "EncoderLayer";
+constexpr char const* kFirstRowOnly = "first_row_only";
 constexpr char const* kThreadsKey = "custom_op.EncoderLayer.threads";
+constexpr char const* kTimesKey = "custom_op.EncoderLayer.times";
 
 // Inputs by index.
 enum Input : size_t {
@@ -44,29 +47,44 @@ constexpr bool isWeight(size_t index) {
   return false;
 }
 
-// A session's descriptor knows how many threads the session has.
+// A session's descriptor knows how many threads the session has, and the file into which its kernels
+// write their times when it is closed (none if empty).
 struct LayerOp : CustomOp {
   int32_t threads;
+  char timesFile[1024];
 };
 
 struct Kernel {
   int32_t numHeads;
   int32_t kernelSize;
   int32_t halfAttention;
+  int32_t firstRowOnly;
   float epsilon;
   int32_t threads;
+  char const* timesFile;  // null: not timed
+  char name[256];
+  PartTimes times;
 };
 
 Status* createKernel(CustomOp const* op, Api const*, KernelInfo const* info, void** out) {
   Kernel kernel{};
-  kernel.threads = static_cast<LayerOp const*>(op)->threads;
+  auto const& layerOp = *static_cast<LayerOp const*>(op);
+  kernel.threads = layerOp.threads;
+  if (layerOp.timesFile[0] != '\0') {
+    kernel.timesFile = layerOp.timesFile;
+    size_t size = sizeof(kernel.name);
+    CONVBERT_RETURN_IF_STATUS(api().kernelInfoGetNodeName(info, kernel.name, &size));
+  }
   CONVBERT_RETURN_IF_STATUS(readAttribute(info, kName, "num_heads", 1, kernel.numHeads));
   CONVBERT_RETURN_IF_STATUS(readKernelSize(info, kName, kernel.kernelSize));
   CONVBERT_RETURN_IF_STATUS(readAttribute(info, kName, "attention", 0, kernel.halfAttention));
+  CONVBERT_RETURN_IF_STATUS(readAttribute(info, kName, kFirstRowOnly, 0, kernel.firstRowOnly));
   CONVBERT_RETURN_IF_STATUS(api().kernelInfoGetFloat(info, "epsilon", &kernel.epsilon));
-  if (!(kernel.epsilon > 0) || kernel.halfAttention > 1) {
-    return invalid("%s: epsilon %g and attention %d, expected a positive number and 0 or 1", kName,
-                   static_cast<double>(kernel.epsilon), kernel.halfAttention);
+  if (!(kernel.epsilon > 0) || kernel.halfAttention > 1 || kernel.firstRowOnly > 1) {
+    return invalid("%s: epsilon %g, attention %d and first_row_only %d, expected a positive number "
+                   "and twice 0 or 1",
+                   kName, static_cast<double>(kernel.epsilon), kernel.halfAttention,
+                   kernel.firstRowOnly);
   }
   *out = new (std::nothrow) Kernel(kernel);
   return *out != nullptr ? nullptr : api().createStatus(kFail, "EncoderLayer: out of memory");
@@ -138,7 +156,7 @@ bool parallelFor(void* context, size_t count, void (*task)(void*, size_t), void*
 }
 
 Status* compute(void* kernelPointer, KernelContext* context) {
-  Kernel const& kernel = *static_cast<Kernel const*>(kernelPointer);
+  Kernel& kernel = *static_cast<Kernel*>(kernelPointer);
   Tensor rows, starts, mask;
   CONVBERT_RETURN_IF_STATUS(readInput(context, kRows, kName, "rows", 2, rows));
   CONVBERT_RETURN_IF_STATUS(readInput(context, kRowStarts, kName, "row_starts", 1, starts));
@@ -163,9 +181,10 @@ Status* compute(void* kernelPointer, KernelContext* context) {
   params.kernelSize = kernel.kernelSize;
   params.epsilon = kernel.epsilon;
   params.halfAttention = kernel.halfAttention;
+  params.firstRowOnly = kernel.firstRowOnly;
   EncoderLayer layer;
   CONVBERT_RETURN_IF_STATUS(readParameters(context, params, layer));
-  int64_t const dims[2] = {rows.dims[0], rows.dims[1]};
+  int64_t const dims[2] = {kernel.firstRowOnly != 0 ? params.batch : params.rows, params.hidden};
   Value* output = nullptr;
   CONVBERT_RETURN_IF_STATUS(api().kernelContextGetOutput(context, 0, dims, 2, &output));
   void* data = nullptr;
@@ -173,9 +192,41 @@ Status* compute(void* kernelPointer, KernelContext* context) {
   params.output = static_cast<float*>(data);
   convbert::Status status = prepare(params, layer);
   if (status == convbert::Status::kOk) {
-    status = runOnCpu(layer, {parallelFor, context, kernel.threads}, bestInstructionSet());
+    status = runOnCpu(layer, {parallelFor, context, kernel.threads}, bestInstructionSet(),
+                      kernel.timesFile != nullptr ? &kernel.times : nullptr);
   }
   return status == convbert::Status::kOk ? nullptr : invalid("%s: %s", kName, statusMessage(status));
+}
+
+// A line for each part: node, part, nanoseconds, with tabs between.
+void writeTimes(Kernel const& kernel) {
+  FILE* file = fopen(kernel.timesFile, "a");
+  if (file == nullptr) {
+    return;
+  }
+  for (int part = 0; part < kParts; ++part) {
+    fprintf(file, "%s\t%s\t%lld\n", kernel.name, kPartNames[part],
+            static_cast<long long>(kernel.times.nanoseconds[part]));
+  }
+  fclose(file);
+}
+
+void destroyKernel(void* pointer) {
+  auto const* kernel = static_cast<Kernel const*>(pointer);
+  if (kernel->timesFile != nullptr) {
+    writeTimes(*kernel);
+  }
+  delete kernel;
+}
+
+Status* inferShape(CustomOp const*, ShapeInferContext* context) {
+  OpAttr const* attribute = nullptr;
+  int64_t firstRowOnly = 0;
+  size_t size = 0;
+  CONVBERT_RETURN_IF_STATUS(api().shapeInferGetAttribute(context, kFirstRowOnly, &attribute));
+  CONVBERT_RETURN_IF_STATUS(
+      api().readOpAttr(attribute, kAttrInt, &firstRowOnly, sizeof(firstRowOnly), &size));
+  return shapeLikeInput0(context, firstRowOnly != 0);
 }
 
 LayerOp describe() {
@@ -190,20 +241,28 @@ LayerOp describe() {
     return index == kMask ? kOptional : kRequired;
   };
   op.createKernelV2 = createKernel;
-  op.kernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.kernelDestroy = destroyKernel;
   op.kernelComputeV2 = compute;
-  op.inferOutputShape = sameShapeAsInput0;
+  op.inferOutputShape = inferShape;
   return op;
+}
+
+// The session's entry `key`; empty if it has none or one that is too long.
+template <size_t kSize>
+void readConfig(SessionOptions const* options, char const* key, char (&text)[kSize]) {
+  size_t size = kSize;
+  Status* status = api().getSessionConfigEntry(options, key, text, &size);
+  if (status != nullptr) {
+    api().releaseStatus(status);
+    text[0] = '\0';
+  }
 }
 
 // What the session's owner says, or as many as ONNX Runtime would take.
 int32_t threadsOf(SessionOptions const* options) {
   char text[16];
-  size_t size = sizeof(text);
-  Status* status = api().getSessionConfigEntry(options, kThreadsKey, text, &size);
-  if (status != nullptr) {
-    api().releaseStatus(status);
-  } else if (int const threads = std::atoi(text); threads > 0) {
+  readConfig(options, kThreadsKey, text);
+  if (int const threads = std::atoi(text); threads > 0) {
     return threads;
   }
   unsigned const here = std::thread::hardware_concurrency();
@@ -216,6 +275,7 @@ CustomOp const* encoderLayerOp(SessionOptions const* options) noexcept {
   auto* op = new (std::nothrow) LayerOp(describe());
   if (op != nullptr) {
     op->threads = threadsOf(options);
+    readConfig(options, kTimesKey, op->timesFile);
   }
   return op;
 }

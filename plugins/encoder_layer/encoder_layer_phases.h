@@ -41,8 +41,8 @@ inline ActivationBuffers takeActivations(RowScratch& scratch, EncoderLayer const
   return buffers;
 }
 
-// Calls run(sequence start, length, first, last) for the parts of rows [first, last) of the chunk
-// that lie in one sequence; rows count within the sequence, the start within the chunk.
+// Calls run(sequence, length, first, last) for the parts of rows [first, last) of the chunk that lie
+// in one sequence; first and last count within it.
 template <typename Run>
 inline void forEachSequence(LayerChunk const& chunk, int64_t first, int64_t last, Run&& run) {
   int64_t const* starts = chunk.layer->params.rowStarts;
@@ -52,7 +52,7 @@ inline void forEachSequence(LayerChunk const& chunk, int64_t first, int64_t last
     int64_t const low = first > begin ? first : begin;
     int64_t const high = last < end ? last : end;
     if (low < high) {
-      run(begin, end - begin, low - begin, high - begin);
+      run(b, end - begin, low - begin, high - begin);
     }
   }
 }
@@ -67,17 +67,18 @@ inline void depthwise(LayerChunk const& chunk, int64_t first, int64_t last, floa
   conv.kernelSize = p.kernelSize;
   conv.dtype = DataType::kFloat32;
   forEachSequence(chunk, first, last,
-                  [&](int64_t begin, int64_t length, int64_t low, int64_t high) {
+                  [&](int64_t sequence, int64_t length, int64_t low, int64_t high) {
+    int64_t const start = p.rowStarts[sequence];
     conv.seq = length;
     setContiguousStrides(conv);
-    conv.input = p.input + (chunk.firstRow + begin) * p.hidden;
+    conv.input = p.input + start * p.hidden;
     // `to` begins at row `first` of the chunk, the kernel counts from the sequence's row 0
-    conv.output = to + (begin - first) * p.hidden;
+    conv.output = to + (start - chunk.firstRow - first) * p.hidden;
     runRowsOnCpu(conv, low, high, chunk.instructionSet);
   });
 }
 
-// Into the right half of `mixed`.
+// Into the right half of `mixed`, its rows [first, last).
 inline void convolve(LayerChunk const& chunk, int64_t first, int64_t last) {
   EncoderLayerParams const& p = chunk.layer->params;
   int64_t const width = int64_t(p.numHeads) * p.headDim;
@@ -87,16 +88,44 @@ inline void convolve(LayerChunk const& chunk, int64_t first, int64_t last) {
   conv.headDim = p.headDim;
   conv.kernelSize = p.kernelSize;
   conv.dtype = DataType::kFloat32;
-  forEachSequence(chunk, first, last,
-                  [&](int64_t begin, int64_t length, int64_t low, int64_t high) {
+  auto run = [&](int64_t sequence, int64_t length, int64_t low, int64_t high) {
+    int64_t const begin = p.rowStarts[sequence] - chunk.firstRow;
     conv.seq = length;
     setContiguousStrides(conv);
     conv.outputRowStride = 2 * width;
     conv.value = chunk.convolutionValue + begin * width;
     conv.kernelLogits = chunk.logits + begin * conv.logitsRowStride;
-    conv.output = chunk.mixed + begin * 2 * width + width;
+    conv.output = chunk.mixed + outputRow(chunk, sequence, 0) * 2 * width + width;
     runRowsOnCpu(conv, low, high, chunk.instructionSet);
-  });
+  };
+  if (p.firstRowOnly == 0) {
+    forEachSequence(chunk, first, last, run);
+    return;
+  }
+  for (int64_t b = chunk.firstSequence + first; b < chunk.firstSequence + last; ++b) {
+    if (int64_t const length = p.rowStarts[b + 1] - p.rowStarts[b]; length > 0) {
+      run(b, length, 0, 1);
+    }
+  }
+}
+
+// The layer's input of rows [first, last) of the output: where it lies, or gathered into scratch.
+inline float const* residualOf(LayerChunk const& chunk, int64_t first, int64_t last,
+                               RowScratch& scratch) {
+  EncoderLayerParams const& p = chunk.layer->params;
+  if (p.firstRowOnly == 0) {
+    return p.input + (chunk.firstRow + first) * p.hidden;
+  }
+  float* const gathered = scratch.take<float>(kMaxRows * p.hidden);
+  for (int64_t i = first; i < last; ++i) {
+    int64_t const start = p.rowStarts[chunk.firstSequence + i];
+    bool const exists = start < p.rowStarts[chunk.firstSequence + i + 1];
+    float* to = gathered + (i - first) * p.hidden;
+    for (int64_t c = 0; c < p.hidden; ++c) {
+      to[c] = exists ? p.input[start * p.hidden + c] : 0.0f;
+    }
+  }
+  return gathered;
 }
 
 // Phase 1. T: element of query, key and value.
@@ -114,6 +143,7 @@ void projectRows(LayerChunk const& chunk, int64_t first, int64_t last, void* mem
   float const* input = p.input + (chunk.firstRow + first) * p.hidden;
   T* const queries = static_cast<T*>(chunk.attentionInputs) + first * 3 * width;
   float* const values = chunk.convolutionValue + first * width;
+  PartClock clock(chunk.times);
 
   // A vector that begins before 3 A and ends after it is taken apart.
   PackedWeight const& projections = layer.weights[kProjections];
@@ -135,6 +165,7 @@ void projectRows(LayerChunk const& chunk, int64_t first, int64_t last, void* mem
     }
   });
 
+  clock.stop(kProjectionsPart);
   depthwise(chunk, first, last, separable);
   PackedWeight const& pointwise = layer.weights[kPointwise];
   matmul(convertRows(separable, p.hidden, rows, pointwise, buffers), pointwise,
@@ -144,12 +175,14 @@ void projectRows(LayerChunk const& chunk, int64_t first, int64_t last, void* mem
     storeSome(product + r * width + column, result * factor, count);
   });
 
+  clock.stop(kSeparablePart);
   PackedWeight const& generator = layer.weights[kGenerator];
   float* const logits = chunk.logits + first * taps;
   matmul(convertRows(product, width, rows, generator, buffers), generator, p.biases[kGenerator],
          rows, [&](int r, int64_t column, int count, Floats result) {
     storeSome(logits + r * taps + column, result, count);
   });
+  clock.stop(kGeneratorPart);
 }
 
 // Phase 2.
@@ -169,7 +202,10 @@ void attendSequence(LayerChunk const& chunk, int64_t sequence, int32_t headIndex
                      p.mask == nullptr ? nullptr : p.mask + start,
                      p.rowStarts[sequence + 1] - start,
                      p.headDim};
-  attendRows(head, first, last, memory, chunk.mixed + begin * 2 * width + offset, 2 * width);
+  float* const to = chunk.mixed + outputRow(chunk, sequence, 0) * 2 * width + offset;
+  PartClock clock(chunk.times);
+  attendRows(head, first, last, memory, to, 2 * width);
+  clock.stop(kAttentionPart);
 }
 
 // Phase 3.
@@ -185,29 +221,34 @@ inline void finishRows(LayerChunk const& chunk, int64_t first, int64_t last, voi
   float* const sums = scratch.take<float>(kMaxRows * hidden);
   float* const middle = scratch.take<float>(kMaxRows * hidden);
   float* const activated = scratch.take<float>(kMaxRows * intermediate);
-  float const* input = p.input + (chunk.firstRow + first) * hidden;
-  float* output = p.output + (chunk.firstRow + first) * hidden;
+  float const* residual = residualOf(chunk, first, last, scratch);
+  int64_t const before = p.firstRowOnly != 0 ? chunk.firstSequence : chunk.firstRow;
+  float* output = p.output + (before + first) * hidden;
 
+  PartClock clock(chunk.times);
   convolve(chunk, first, last);
-  auto addTo = [&](float const* residual) {
+  clock.stop(kConvolutionPart);
+  auto addTo = [&](float const* addend) {
     return [=](int r, int64_t column, int count, Floats result) {
       int64_t const at = r * hidden + column;
-      storeSome(sums + at, result + loadSome(residual + at, count), count);
+      storeSome(sums + at, result + loadSome(addend + at, count), count);
     };
   };
   PackedWeight const& attentionOutput = layer.weights[kAttentionOutput];
   matmul(convertRows(chunk.mixed + first * mixedWidth, mixedWidth, rows, attentionOutput, buffers),
-         attentionOutput, p.biases[kAttentionOutput], rows, addTo(input));
+         attentionOutput, p.biases[kAttentionOutput], rows, addTo(residual));
   for (int r = 0; r < rows; ++r) {
     normalize(sums + r * hidden, hidden, p.attentionGamma, p.attentionBeta, p.epsilon,
               middle + r * hidden);
   }
+  clock.stop(kAttentionOutputPart);
 
   PackedWeight const& up = layer.weights[kUp];
   matmul(convertRows(middle, hidden, rows, up, buffers), up, p.biases[kUp], rows,
          [&](int r, int64_t column, int count, Floats result) {
     storeSome(activated + r * intermediate + column, gelu(result), count);
   });
+  clock.stop(kUpPart);
   PackedWeight const& down = layer.weights[kDown];
   matmul(convertRows(activated, intermediate, rows, down, buffers), down, p.biases[kDown], rows,
          addTo(middle));
@@ -215,6 +256,7 @@ inline void finishRows(LayerChunk const& chunk, int64_t first, int64_t last, voi
     normalize(sums + r * hidden, hidden, p.outputGamma, p.outputBeta, p.epsilon,
               output + r * hidden);
   }
+  clock.stop(kDownPart);
 }
 
 inline void project(LayerChunk const& chunk, int64_t first, int64_t last, void* scratch) {

@@ -27,6 +27,7 @@ CONVBERT_SAME_SLOT(GetTensorTypeAndShape, kGetTensorTypeAndShape);
 CONVBERT_SAME_SLOT(KernelInfoGetAttribute_int64, kKernelInfoGetAttributeInt64);
 CONVBERT_SAME_SLOT(KernelInfoGetAttribute_float, kKernelInfoGetAttributeFloat);
 CONVBERT_SAME_SLOT(GetSessionConfigEntry, kGetSessionConfigEntry);
+CONVBERT_SAME_SLOT(KernelInfo_GetNodeName, kKernelInfoGetNodeName);
 CONVBERT_SAME_SLOT(KernelContext_GetInput, kKernelContextGetInput);
 CONVBERT_SAME_SLOT(KernelContext_GetOutput, kKernelContextGetOutput);
 CONVBERT_SAME_SLOT(ReleaseStatus, kReleaseStatus);
@@ -34,6 +35,8 @@ CONVBERT_SAME_SLOT(ReleaseTensorTypeAndShapeInfo, kReleaseTensorTypeAndShapeInfo
 CONVBERT_SAME_SLOT(ReleaseCustomOpDomain, kReleaseCustomOpDomain);
 CONVBERT_SAME_SLOT(KernelContext_GetGPUComputeStream, kKernelContextGetGpuComputeStream);
 CONVBERT_SAME_SLOT(ShapeInferContext_GetInputTypeShape, kShapeInferContextGetInputTypeShape);
+CONVBERT_SAME_SLOT(ShapeInferContext_GetAttribute, kShapeInferContextGetAttribute);
+CONVBERT_SAME_SLOT(ReadOpAttr, kReadOpAttr);
 CONVBERT_SAME_SLOT(ShapeInferContext_SetOutputTypeShape, kShapeInferContextSetOutputTypeShape);
 CONVBERT_SAME_SLOT(KernelContext_ParallelFor, kKernelContextParallelFor);
 

@@ -55,9 +55,12 @@ enum Slot : size_t {
   kReleaseCustomOpDomain = 101,
   kKernelContextGetGpuComputeStream = 193,
   kGetSessionConfigEntry = 238,
+  kKernelInfoGetNodeName = 244,
   kShapeInferContextGetInputTypeShape = 268,
+  kShapeInferContextGetAttribute = 269,
   kShapeInferContextSetOutputTypeShape = 270,
   kSetSymbolicDimensions = 271,
+  kReadOpAttr = 272,
   kKernelContextParallelFor = 274,
   kSlotsDeclared = 275,
 };
@@ -130,6 +133,10 @@ struct Api {
   Status* kernelInfoGetFloat(KernelInfo const* info, char const* name, float* out) const noexcept {
     return call<Status*>(kKernelInfoGetAttributeFloat, info, name, out);
   }
+  // `size`: of `name` in, of the name with its terminating zero out. Fails where it does not fit.
+  Status* kernelInfoGetNodeName(KernelInfo const* info, char* name, size_t* size) const noexcept {
+    return call<Status*>(kKernelInfoGetNodeName, info, name, size);
+  }
   // `size`: of `value` in, of the entry with its terminating zero out. Fails where there is none.
   Status* getSessionConfigEntry(SessionOptions const* options, char const* key, char* value,
                                 size_t* size) const noexcept {
@@ -154,6 +161,15 @@ struct Api {
   Status* shapeInferGetInput(ShapeInferContext const* context, size_t index,
                              TensorInfo** out) const noexcept {
     return call<Status*>(kShapeInferContextGetInputTypeShape, context, index, out);
+  }
+  // The attribute stays the context's.
+  Status* shapeInferGetAttribute(ShapeInferContext const* context, char const* name,
+                                 OpAttr const** out) const noexcept {
+    return call<Status*>(kShapeInferContextGetAttribute, context, name, out);
+  }
+  Status* readOpAttr(OpAttr const* attribute, OpAttrType type, void* data, size_t length,
+                     size_t* out) const noexcept {
+    return call<Status*>(kReadOpAttr, attribute, type, data, length, out);
   }
   Status* shapeInferSetOutput(ShapeInferContext const* context, size_t index,
                               TensorInfo const* info) const noexcept {

@@ -132,7 +132,7 @@ Status* forEachRows(KernelContext const* context, int64_t rows, int64_t elements
 // An axis that is neither a number nor a name would be handed on as the number -1, and without an
 // answer ONNX Runtime knows no shape from here on (and leaves its fusions out). So it gets a name of
 // its own: one name for two axes would claim that they are equal.
-Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context) {
+Status* shapeLikeInput0(ShapeInferContext* context, bool otherFirstAxis) {
   TensorInfo* input = nullptr;
   // The type too is the input's: `op` may be the descriptor of another element type.
   ElementType elementType = kUndefined;
@@ -147,6 +147,10 @@ Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context) {
   char const* names[kMaxRank] = {};
   CONVBERT_RETURN_IF_STATUS(api().getDimensions(input, dims, rank));
   CONVBERT_RETURN_IF_STATUS(api().getSymbolicDimensions(input, names, rank));
+  if (otherFirstAxis) {
+    dims[0] = -1;
+    names[0] = nullptr;
+  }
   static std::atomic<unsigned> unnamed{0};
   char made[kMaxRank][32];
   for (size_t axis = 0; axis < rank; ++axis) {
@@ -166,6 +170,10 @@ Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context) {
   status = status != nullptr ? status : api().shapeInferSetOutput(context, 0, output);
   api().releaseTensorInfo(output);
   return status;
+}
+
+Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context) {
+  return shapeLikeInput0(context, false);
 }
 
 CustomOp cpuOp() noexcept {

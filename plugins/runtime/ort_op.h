@@ -101,6 +101,9 @@ OpSet makeOps(OpTraits const& traits) noexcept;
 // One float32 output.
 CustomOp cpuOp() noexcept;
 
+// For an output of the type and shape of input 0, or with another length of the first axis.
+Status* shapeLikeInput0(ShapeInferContext* context, bool otherFirstAxis);
+
 // inferShape for an output of the shape and type of input 0.
 Status* sameShapeAsInput0(CustomOp const*, ShapeInferContext* context);
 

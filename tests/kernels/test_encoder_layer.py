@@ -78,6 +78,31 @@ def test_neighbours_do_not_change_a_bit(kernels, route, kind, geometry) -> None:
         assert np.array_equal(together[first:last], alone), sequence
 
 
+@pytest.mark.parametrize(
+    "geometry", ["tiny", "groups", "many taps", "long, hidden keys", "odd hidden", "chunks"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_first_rows_alone_are_the_first_rows_of_all(kernels, route, kind, geometry) -> None:
+    """To the bit, and zeros for a sequence without rows."""
+    case, _ = case_of(GEOMETRIES[geometry], KINDS[kind])
+    starts = case.inputs.row_starts
+    rows = run(kernels, route, case)
+    expected_rows = np.zeros((len(starts) - 1, rows.shape[1]), np.float32)
+    filled = starts[:-1] < starts[1:]
+    expected_rows[filled] = rows[starts[:-1][filled]]
+    for threads in (1, 3):
+        assert np.array_equal(run(kernels, route, case.of_first_rows(), threads), expected_rows)
+
+
+@pytest.mark.parametrize("lengths", [(0, 0, 0, 1, 0), (0,) * 300, (3, *(0,) * 300)], ids=len)
+def test_first_rows_of_more_sequences_than_rows(kernels, lengths) -> None:
+    case = make_case(Shape(20, 1, 5, 3, 31), KINDS["fp32"], lengths)
+    output = run(kernels, "portable", case.of_first_rows())
+    filled = np.array(lengths) > 0
+    assert not output[~filled].any() and output[filled].any(axis=1).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("route", ROUTES)
 def test_nan_and_infinity_stay_in_their_sequence(kernels, route, kind) -> None:

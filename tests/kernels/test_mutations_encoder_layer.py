@@ -52,9 +52,9 @@ MUTATIONS = {
     "encoder_layer_phases.h": {
         "the layer's input added at its end": (
             "rows,\n         addTo(middle));",
-            "rows,\n         addTo(input));",
+            "rows,\n         addTo(residual));",
         ),
-        "convolution in the attention's half": ("begin * 2 * width + width;", "begin * 2 * width;"),
+        "convolution in the attention's half": ("* 2 * width + width;", "* 2 * width;"),
         "mask of the first sequence for all": ("p.mask + start,", "p.mask,"),
         "keys of the first head": ("inputs + width,\n", "inputs + width - offset,\n"),
         "depthwise window beyond the sequence": (
@@ -66,10 +66,19 @@ MUTATIONS = {
             f"{_SEQ}outputRowStride".replace("length", "length + 1"),
         ),
         "depthwise rows of the first chunk": (
-            "p.input + (chunk.firstRow + begin)",
-            "p.input + begin",
+            "conv.input = p.input + start",
+            "conv.input = p.input + (start - chunk.firstRow)",
         ),
         "query left out of the generator": ("result * factor", "result"),
+        "first rows of the first sequence": ("p.input[start * p.hidden + c]", "p.input[c]"),
+        "first rows written where all would be": (
+            "p.firstRowOnly != 0 ? chunk.firstSequence : chunk.firstRow",
+            "chunk.firstRow",
+        ),
+        "convolution of one sequence for all": (
+            "run(b, length, 0, 1)",
+            "run(chunk.firstSequence, length, 0, 1)",
+        ),
         "key in the convolution's value": (
             "storeSome(values + r * width - left",
             "storeSome(values + r * width",
@@ -100,6 +109,8 @@ def comparison(kernels, route: str) -> None:
             case, truth = case_of(geometry, kind)
             run(kernels, route, case.replace(rows=np.full_like(case.inputs.rows, np.nan)), 2)
             check(run(kernels, route, case, 2), truth, kind)
+            first = case.inputs.row_starts[:-1]
+            check(run(kernels, route, case.of_first_rows(), 2), truth[first], kind)
 
 
 @pytest.fixture(scope="module")

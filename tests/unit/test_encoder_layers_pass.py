@@ -40,7 +40,7 @@ def test_one_layer_becomes_three_nodes():
     assert [node.op_type for node in after.graph.node] == ["PackRows", "EncoderLayer", "UnpackRows"]
     assert not after.functions
     (node,) = nodes_of(after, "EncoderLayer")
-    assert LayerAttributes.of(node) == LayerAttributes(2, 3, pytest.approx(1e-12), 0)
+    assert LayerAttributes.of(node) == LayerAttributes(2, 3, pytest.approx(1e-12))
     inputs = inputs_of(after)
     assert inputs.attention_mask == "attention_mask", "pads are rows, but no keys"
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in after.graph.initializer}
@@ -69,6 +69,45 @@ def test_a_masked_layer_leaves_pads_out():
     found = run_reference(after, batch)["last"]
     np.testing.assert_allclose(found[real], answers(before, batch)["last"][real], atol=EXACT)
     assert not found[~real].any()
+
+
+def selecting(index: np.ndarray, *, axis: int = 1, outputs: str = "float[B, 8] row"):
+    """The layer with a Gather behind it; ``outputs`` of the graph."""
+    gather = f"    row = Gather <axis = {axis}> (last, index)\n}}"
+    text = TEXT.replace("float[B, S, 8] last", outputs).replace("\n}", f"\n{gather}")
+    model = layer_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(index, "index"))
+    return model
+
+
+def test_what_only_first_rows_are_read_of_computes_no_other():
+    before, batch = selecting(np.int64(0).reshape(())), layer_batch()
+    after, report = with_encoder_layers(before)
+    assert report.complete
+    assert [node.op_type for node in after.graph.node] == ["PackRows", "EncoderLayer"]
+    (node,) = nodes_of(after, "EncoderLayer")
+    assert LayerAttributes.of(node).first_row_only == 1
+    found = run_reference(after, batch)["row"]
+    np.testing.assert_allclose(found, answers(before, batch)["row"], atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        selecting(np.int64(1).reshape(())),
+        selecting(np.int64([0]), outputs="float[B, one, 8] row"),
+        selecting(np.int64(0).reshape(()), axis=0, outputs="float[S, 8] row"),
+        selecting(np.int64(0).reshape(()), outputs="float[B, 8] row, float[B, S, 8] last"),
+    ],
+    ids=["another row", "an axis of one", "the first sequence", "all rows are read too"],
+)
+def test_anything_else_is_computed_of_all_rows(before):
+    after, report = with_encoder_layers(before)
+    assert report.complete
+    (node,) = nodes_of(after, "EncoderLayer")
+    assert LayerAttributes.of(node).first_row_only == 0
+    found = run_reference(after, layer_batch())["row"]
+    np.testing.assert_allclose(found, answers(before, layer_batch())["row"], atol=EXACT)
 
 
 def test_pass_twice_is_pass_once():

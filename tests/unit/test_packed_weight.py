@@ -116,6 +116,11 @@ def test_bfloat16_rounds_to_even():
             LinearWeight(np.zeros((2, 2, 3), np.float32), FP32, None, np.ones(2)),
             r"multiplier.*expected \(4,\)",
         ),
+        (LinearWeight(np.zeros((1, 65537, 1), np.int8), INT8, np.ones(1)), "at most 65536 inputs"),
+        (LinearWeight(np.zeros((1, 0, 3), np.float32), FP32), "1 groups of 0 inputs"),
+        (LinearWeight(np.zeros((65537, 1, 1), np.float32), FP32), "65537 groups"),
+        (LinearWeight(np.zeros((1, 2, 3), np.int8), INT8, np.ones(3), None, -1.0), "scale of -1"),
+        (LinearWeight(np.zeros((1, 2, 3), np.int8), INT8, np.ones(3), None, np.inf), "of inf"),
     ],
 )
 def test_what_does_not_fit_is_not_packed(linear, message):

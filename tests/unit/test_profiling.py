@@ -167,11 +167,11 @@ def test_a_node_that_ran_in_some_runs_only_is_left_out():
 def test_one_kernel_for_a_whole_layer_has_arithmetic_and_may_tell_its_phases():
     nodes = (_node("encoder.layer.0/EncoderLayer", "EncoderLayer", outputs=[(32, 384)]),)
     run = type(read_recording(RECORDING)[0])(20, nodes)
-    phases = {"encoder.layer.0/EncoderLayer": {"attention": 0.004, "up": 0.006}}
+    phases = {"encoder.layer.0/EncoderLayer": {"attention": 4000, "up": 6000}}
     (kernel,) = kernels_of([run], WORKLOAD, phases)
     assert kernel.gflop == pytest.approx(layer_gflop(WORKLOAD.architecture, 2, 16))
     report = _report([kernel, kernel])
-    assert report.phases_ms == pytest.approx({"up": 0.012, "attention": 0.008})
+    assert report.phases_ms == pytest.approx({"up": 1.2 * kernel.ms, "attention": 0.8 * kernel.ms})
     assert "Inside the layers' kernels" in profile_text(report)
     assert report.groups[0].name == "layers"
 
@@ -293,7 +293,17 @@ def test_a_real_engine(engines, plugin):
     ours = {"EncoderLayer", "FusedSpanDynamicConv", "SpanDynamicConv"}
     assert any(row.operator in ours for row in report.operators) == plugin
     assert any(one.code == "function-body" for one in report.findings) == (not plugin)
+    assert len(report.phases_ms) == (8 if plugin else 0)
     assert not list(engine.path.glob("*onnxruntime*"))
+
+
+def test_the_layers_parts_add_up_to_the_layers(engines):
+    report = profile(Engine.load(engines[True].path), ProfileOptions(batch=2, seq=16, runs=3))
+    layers = [kernel for kernel in report.kernels if kernel.op_type == "EncoderLayer"]
+    assert layers
+    for layer in layers:
+        assert sum(layer.phases_ms.values()) == pytest.approx(layer.ms)
+        assert all(spent > 0 for spent in layer.phases_ms.values()), layer.phases_ms
 
 
 def test_a_shape_outside_the_engines_profile_is_refused(engines):
