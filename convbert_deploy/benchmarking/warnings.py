@@ -85,7 +85,7 @@ def _spread(measurement: Measurement) -> Iterator[tuple[str, str]]:
         yield (
             "few-runs",
             f"p99 of {runs} runs is close to the slowest one: {_RUNS_FOR_P99} runs or more are "
-            "needed (--min-runs)",
+            "needed (--min-time)",
         )
     half_width = measurement.p50_interval_ms.half_width
     if not measurement.precise:

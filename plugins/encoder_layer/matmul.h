@@ -79,6 +79,8 @@ inline Sums multiplyAdd(Sums sums, Ints weights, Ints unit) {
   return sums;
 }
 
+constexpr int64_t kLine = 64;  // bytes
+
 // What multiplyBlock reads and writes. `a`: rows of units, `aStride` units apart. `b`: `units` rows
 // of `columns` units, contiguous. `c`: rows of sums, `cStride` elements apart.
 struct BlockOperands {
@@ -89,6 +91,10 @@ struct BlockOperands {
   int64_t units;
   float* c;
   int64_t cStride;
+  // [next, nextEnd) is brought into L2 meanwhile, a line for each unit, or else the products of a few
+  // rows would wait for their weights.
+  unsigned char const* next = nullptr;
+  unsigned char const* nextEnd = nullptr;
 };
 
 template <WeightType kType, int kRows, int kVectors>
@@ -104,7 +110,10 @@ inline void multiplyTile(BlockOperands const& block, bool add) {
   }
   uint32_t const* a = block.a;
   unsigned char const* b = block.b;
-  for (int64_t u = 0; u < block.units; ++u, ++a, b += block.columns * 4) {
+  unsigned char const* next = block.next;
+  int64_t const line = next < block.nextEnd ? kLine : 0;
+  for (int64_t u = 0; u < block.units; ++u, ++a, b += block.columns * 4, next += line) {
+    __builtin_prefetch(next, 0, 2);
     Ints weights[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       memcpy(&weights[v], b + v * kWidth * 4, sizeof(Ints));
@@ -132,6 +141,7 @@ inline void multiplyRows(BlockOperands block, int rows, bool add) {
     multiplyTile<kType, kTileRows, kVectors>(block, add);
     block.a += kTileRows * block.aStride;
     block.c += kTileRows * block.cStride;
+    block.next += kLine * block.units;
   }
   switch (rows) {
     case 1: return multiplyTile<kType, 1, kVectors>(block, add);
@@ -177,6 +187,8 @@ inline void multiplyBlock(BlockOperands const& block, int rows) {
     part.a += first;
     part.b += first * block.columns * 4;
     part.units = block.units - first < kStepUnits ? block.units - first : kStepUnits;
+    part.next = part.b + part.units * block.columns * 4;
+    part.nextEnd = part.next + part.units * block.columns * 4;
     multiplyColumns<kType>(part, rows, first > 0);
   }
 }
