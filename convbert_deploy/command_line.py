@@ -22,7 +22,7 @@ TASKS = (
     "multiple-choice",
 )
 #: Kept here, as ``--help`` imports nothing but click; a test holds it to the table of peers.
-PEERS_HELP = "eager, compile, ort, openvino or optimum, with :bf16 or :int8; repeat"
+PEERS_HELP = "eager, compile, ort, openvino, openvino-graph or optimum, with :bf16 or :int8; repeat"
 
 
 class Cli(click.Group):

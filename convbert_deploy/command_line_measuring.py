@@ -27,6 +27,7 @@ from convbert_deploy.command_line import (
 )
 @click.option("--peer", "peers", multiple=True, help=PEERS_HELP)
 @click.option("--install-peers", is_flag=True, help="pip may make environments for absent peers")
+@click.option("--graph", type=PATH, help="exported graph that openvino-graph runs")
 @click.option("--batch", help="comma list  [default: 1,8]")
 @click.option("--seq", help="comma list; every batch with every seq  [default: 32,128]")
 @click.option("--shape", help="comma list of BATCHxSEQ, instead of every batch with every seq")

@@ -55,7 +55,7 @@ class BenchRequest:
     batches x seqs are the shapes, all tokens real (no padding), unless ``points`` names them.
     texts: file of the variable-length workload, in batches of ``workload_batch``.
     threads: of every candidate, which are then kept on the same cores; None takes every usable CPU.
-    install_peers: pip may be run for peers that are absent.
+    install_peers: pip may be run for peers that are absent. graph: what peers that read one run.
     ceiling: measure what the machine can do, for the floor time.
     """
 
@@ -67,6 +67,7 @@ class BenchRequest:
     options: BenchOptions = dataclasses.field(default_factory=BenchOptions)
     peers: tuple[PeerRequest, ...] = ()
     install_peers: bool = False
+    graph: pathlib.Path | None = None
     points: tuple[Point, ...] | None = None
     texts: pathlib.Path | None = None
     workload_batch: int = 32
@@ -184,6 +185,8 @@ class _Plan:
             scratch = pathlib.Path(scope.enter_context(tempfile.TemporaryDirectory()))
             folder = scratch / "model"
             _save(self.request.baseline, folder)
+        if any(one.peer.reads_graph for one in peers):
+            _save_inlined(self.request.graph, scratch / GRAPH)
         for index, peer in enumerate(peers):
             own = scratch / str(index)
             own.mkdir()
@@ -212,9 +215,10 @@ class _Plan:
         python = self.pythons[request.peer.name]
         architecture, task = self.model
         settings = {
-            "kind": request.peer.name,
+            "kind": request.peer.kind,
             "precision": request.precision,
             "model": str(folder),
+            "graph": str(folder.parent / GRAPH) if request.peer.reads_graph else None,
             "scratch": str(scratch),
             "outputs": list(task.output_names),
             "vocabulary": architecture.vocab_size,
@@ -235,6 +239,21 @@ def _save(checkpoint: Checkpoint, folder: pathlib.Path) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _save_inlined(graph: pathlib.Path | None, target: pathlib.Path) -> None:
+    """In standard operators alone, which every runtime reads."""
+    import onnx
+    from onnx.inliner import inline_local_functions
+
+    from convbert_deploy.graph import Graph
+
+    if graph is None:
+        raise PeerError(
+            "openvino-graph runs an exported graph, and none was given",
+            hint="--graph GRAPH names it",
+        )
+    onnx.save(inline_local_functions(Graph.load(graph).model), target)
 
 
 def _peer_requests(request: BenchRequest) -> list[PeerRequest]:

@@ -77,7 +77,7 @@ def install_command(peer: Peer) -> str:
 
 def peer_folder(peer: Peer) -> pathlib.Path:
     key = "\n".join([sys.version.split()[0], *requirements(peer)])
-    return cache_folder() / f"{peer.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    return cache_folder() / f"{peer.kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
 
 def peer_python(

@@ -33,13 +33,20 @@ _NNCF = Requirement("nncf>=3.0", "int8; 3.0 is the first release for OpenVINO 20
 @dataclasses.dataclass(frozen=True)
 class Peer:
     """precisions: what it can run in, its default first. gpu: it runs on one too. shown: what is
-    run, for people."""
+    run, for people. worker: the loader and environment that it shares with another peer. reads_graph:
+    it runs an exported graph instead of transformers' model."""
 
     name: str
     precisions: tuple[str, ...]
     requirements: tuple[Requirement, ...]
     shown: str
     gpu: bool = False
+    worker: str = ""
+    reads_graph: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.worker or self.name
 
 
 PEERS = {
@@ -77,6 +84,14 @@ PEERS = {
             ("fp32", "bf16", "int8"),
             (_TORCH, _TRANSFORMERS, _SAFETENSORS, _OPENVINO, _NNCF),
             "openvino.convert_model, a static shape for each point; int8: nncf.quantize",
+        ),
+        Peer(
+            "openvino-graph",
+            ("fp32", "bf16", "int8"),
+            (_TORCH, _TRANSFORMERS, _SAFETENSORS, _OPENVINO, _NNCF),
+            "openvino on a graph that export wrote, its operators inlined; else as openvino",
+            worker="openvino",
+            reads_graph=True,
         ),
         Peer(
             "optimum",

@@ -64,7 +64,7 @@ def test_a_peer_is_named_with_its_precision():
 
 
 def test_every_peer_has_a_loader_a_reason_for_each_range_and_is_in_the_help():
-    assert set(PEERS) <= set(LOADERS)
+    assert {peer.kind for peer in PEERS.values()} <= set(LOADERS)
     for peer in PEERS.values():
         assert all(one.reason for one in peer.requirements)
         assert peer.name in PEERS_HELP
@@ -150,6 +150,28 @@ def test_peers_need_a_checkpoint(sample_engine):
     with pytest.raises(PeerError, match="checkpoint") as refusal:
         bench(request)
     assert "--baseline" in refusal.value.hint
+
+
+def test_a_peer_that_reads_a_graph_needs_one(sample_engine, classifier, monkeypatch):
+    monkeypatch.setattr(bench_module, "peer_python", lambda *_, **__: pathlib.Path(sys.executable))
+    peers = (PeerRequest.parse("openvino-graph:bf16"),)
+    request = BenchRequest((sample_engine.path,), baseline=classifier, peers=peers, ceiling=False)
+    with pytest.raises(PeerError, match="none was given") as refusal:
+        bench(request)
+    assert "--graph" in refusal.value.hint
+
+
+def test_the_graph_that_peers_read_has_standard_operators_alone(classifier_graph, tmp_path):
+    import onnx
+
+    bench_module._save_inlined(classifier_graph.path, tmp_path / "model.onnx")
+    model = onnx.load(tmp_path / "model.onnx")
+    assert not model.functions and {node.domain for node in model.graph.node} == {""}
+
+
+def test_a_peer_shares_the_environment_of_the_one_it_works_as():
+    assert peer_folder(PEERS["openvino-graph"]) == peer_folder(PEERS["openvino"])
+    assert peer_folder(PEERS["openvino"]) != peer_folder(PEERS["optimum"])
 
 
 @pytest.fixture(scope="module")

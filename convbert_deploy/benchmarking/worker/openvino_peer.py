@@ -1,4 +1,5 @@
-"""OpenVINO on transformers' model as ``openvino.convert_model`` reads it, for one static shape.
+"""OpenVINO on transformers' model, or a graph, as ``openvino.convert_model`` reads it, for one static
+shape.
 
 int8 is NNCF's post-training quantization, made for each shape: on dynamic shapes it takes the
 sequence for a channel of some activations, and the model then runs at no other length.
@@ -20,10 +21,14 @@ _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
 def convert(settings: dict[str, Any]) -> None:
-    """transformers' model to ``model.xml`` in the scratch folder, weights in float32."""
+    """transformers' model, or the graph given instead, to ``model.xml`` in the scratch folder, weights
+    in float32."""
     import openvino
 
-    model = openvino.convert_model(load_model(settings["model"]), example_input=example())
+    if settings.get("graph"):
+        model = openvino.convert_model(settings["graph"])
+    else:
+        model = openvino.convert_model(load_model(settings["model"]), example_input=example())
     openvino.save_model(model, model_file(settings), compress_to_fp16=False)
 
 

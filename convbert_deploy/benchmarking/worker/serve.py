@@ -43,9 +43,11 @@ LOADERS = {
     "machine": "machine",
 }
 
-#: The turn passes to the next candidate when this process's threads used less than a fifth of a
-#: core for a millisecond, or after this long: thread pools spin for a while after their last task,
-#: and would take the next candidate's core.
+#: The turn passes to the next candidate when this process's threads used less than a tenth of a core
+#: over a sample, or at the limit: thread pools spin for a while after their last task (ONNX Runtime's
+#: 40 ms), and would take the next candidate's core. Linux adds a running thread's time to its process
+#: at its ticks, up to 10 ms apart: a shorter sample sees nothing.
+_QUIET_SAMPLE_S = 0.012
 _QUIET_LIMIT_S = 0.25
 
 
@@ -174,9 +176,9 @@ def wait_until_quiet() -> None:
     deadline = time.perf_counter() + _QUIET_LIMIT_S
     before = time.process_time()
     while time.perf_counter() < deadline:
-        time.sleep(0.001)
+        time.sleep(_QUIET_SAMPLE_S)
         now = time.process_time()
-        if now - before < 0.0002:
+        if now - before < 0.1 * _QUIET_SAMPLE_S:
             return
         before = now
 
