@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from convbert_deploy import __version__
+from convbert_deploy.bulk.command import bulk
 from convbert_deploy.command_line import (
     PATH,
     TASKS,
@@ -26,6 +27,8 @@ from convbert_deploy.command_line import (
     run_calibration,
 )
 from convbert_deploy.command_line_measuring import bench, profile, report
+from convbert_deploy.serving.command import load, probe
+from convbert_deploy.triton.command import package
 
 
 @click.group(
@@ -298,8 +301,8 @@ def evaluate(
     sys.exit(0 if report.passed else 1)
 
 
-for measuring in (bench, profile, report):
-    main.add_command(measuring)
+for command in (bench, profile, report, package, probe, load, bulk):
+    main.add_command(command)
 
 
 @main.command()

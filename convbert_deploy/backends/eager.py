@@ -27,9 +27,10 @@ class EagerRunner:
         options: RunnerOptions | None = None,
         *,
         padding: str = "hf",
-        name: str = "eager fp32",
+        name: str | None = None,
     ) -> None:
-        self.name = name
+        alone = ", each row alone and unpadded" if padding == "masked" else ""
+        self.name = f"eager fp32{alone}" if name is None else name
         self.output_names = task.output_names
         self._model, self._task, self._padding = model, task, padding
         self._threads = (options or RunnerOptions()).threads
@@ -42,7 +43,6 @@ class EagerRunner:
             before = torch.get_num_threads()
             torch.set_num_threads(self._threads)
             self._scope.callback(torch.set_num_threads, before)
-        self._scope.enter_context(torch.inference_mode())
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -59,8 +59,10 @@ class EagerRunner:
         inputs = {
             name: torch.from_numpy(np.ascontiguousarray(batch[name])) for name in self.input_names
         }
-        outputs = self._model(**inputs)
-        return {name: outputs[name].float().numpy() for name in self.output_names}
+        # Here, not in __enter__: the mode belongs to a thread, and another one may call.
+        with torch.inference_mode():
+            outputs = self._model(**inputs)
+            return {name: outputs[name].float().numpy() for name in self.output_names}
 
     def _infer_rows(self, batch: Batch) -> dict[str, np.ndarray]:
         """Every sequence alone, cut to its real tokens."""

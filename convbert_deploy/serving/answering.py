@@ -65,7 +65,7 @@ def run(
     with open_scorer(engine, threads=threads) as scorer:
         pending: list[Request | ConvBertDeployError] = []
         for line in lines:
-            pending.append(_request(scorer.options, line))
+            pending.append(request_of_line(scorer.options, line))
             if len(pending) == _LINES_AT_ONCE:
                 yield from scorer.score(pending)
                 pending = []
@@ -73,7 +73,7 @@ def run(
             yield from scorer.score(pending)
 
 
-def _request(options: ScorerOptions, line: str) -> Request | ConvBertDeployError:
+def request_of_line(options: ScorerOptions, line: str) -> Request | ConvBertDeployError:
     try:
         return request_from_json(options.task, _object(line))
     except ConvBertDeployError as error:
@@ -85,5 +85,7 @@ def _object(line: str) -> object:
         return {"text": line}
     try:
         return json.loads(line)
+    except RecursionError as error:
+        raise InputError("line is JSON that is nested too deeply") from error
     except ValueError as error:
         raise InputError(f"line is neither text nor JSON: {error}") from error

@@ -82,14 +82,17 @@ def is_bio(labels: Sequence[str]) -> bool:
 
 
 def entities(words: Sequence[Answer], text: str) -> list[Answer]:
-    """Group BIO words; an ``I-X`` that continues no ``X`` starts one, as conlleval reads it.
+    """Group BIO words; an ``I-X`` that continues no ``X`` starts one, as conlleval reads it. Words
+    without a label (they hold no piece) neither end a group nor belong to one.
 
     ``score`` is the mean of the words' scores.
     """
     groups: list[list[Answer]] = []
     kind = None
     for word in words:
-        prefix, _, label = (word["label"] or "O").partition("-")
+        if word["label"] is None:
+            continue
+        prefix, _, label = word["label"].partition("-")
         if prefix == "O":
             kind = None
             continue
@@ -217,5 +220,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def _largest(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the ``count`` largest, best first; the lower index wins a tie."""
     count = min(count, scores.size)
-    top = np.argpartition(-scores, count - 1)[:count]
-    return top[np.lexsort((top, -scores[top]))]
+    least = np.partition(scores, scores.size - count)[scores.size - count]
+    # All that tie with the last one: which of them a partition leaves inside is chance.
+    top = np.flatnonzero(scores >= least)
+    return top[np.lexsort((top, -scores[top]))][:count]

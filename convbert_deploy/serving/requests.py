@@ -19,13 +19,14 @@ multiple-choice             ``{"prompt", "choices": [...]}``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from convbert_deploy.architecture import Task
 from convbert_deploy.errors import InputError
+from convbert_deploy.shapes import ShapeProfile
 
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -196,7 +197,7 @@ def request_from_json(task: Task, obj: Any) -> Request:
         if all(name in obj for name in required):
             kinds.append(kind)
     if not kinds:
-        raise _wrong_form(task, f"the request has the keys {sorted(map(str, obj))}")
+        raise _wrong_form(task, f"the request has the keys {_listed(obj)}")
     if len(kinds) > 1:
         raise _wrong_form(task, "the request has both text and words")
     names = [f.name for f in dataclasses.fields(kinds[0]) if obj.get(f.name) is not None]
@@ -205,6 +206,13 @@ def request_from_json(task: Task, obj: Any) -> Request:
     if set(missing) - {"text_pair"}:
         raise _wrong_form(task, f"{missing[0]} is null")
     return checked_request(task, kinds[0](**values))
+
+
+def _listed(names: Iterable[Any]) -> str:
+    """Names in an error, but not a megabyte of them."""
+    shown = sorted(str(name) for name in names)
+    short = [name if len(name) <= 40 else f"{name[:40]}..." for name in shown[:8]]
+    return f"{short}" + (f" and {len(shown) - len(short)} more" if len(shown) > len(short) else "")
 
 
 def checked_request(task: Task, request: Request) -> Request:
@@ -228,6 +236,23 @@ def checked_request(task: Task, request: Request) -> Request:
     if getattr(request, "text_pair", None) is not None and task is not Task.SEQUENCE_CLASSIFICATION:
         raise _wrong_form(task, "the request has a text_pair")
     return request
+
+
+def characters_of(request: Request) -> int:
+    """Characters of all its texts together."""
+    values = [getattr(request, field.name) for field in dataclasses.fields(request)]
+    texts = [text for v in values for text in (v if isinstance(v, tuple) else (v,))]
+    return sum(len(text) for text in texts if text is not None)
+
+
+def check_choices(request: ChoiceRequest, profile: ShapeProfile) -> None:
+    """Raises InputError where the engine does not take as many choices."""
+    count, choices = len(request.choices), profile.choices
+    if count not in choices:
+        raise InputError(
+            f"{count} choices, the engine was built for {choices.min} to {choices.max}",
+            hint="build-engine --shapes choices=MIN:OPT:MAX",
+        )
 
 
 def _check_text(name: str, text: Any) -> None:

@@ -25,12 +25,16 @@ from convbert_deploy.serving.requests import (
     QuestionRequest,
     Request,
     WordsRequest,
+    characters_of,
+    check_choices,
     checked_request,
     request_from_json,
     validated_batch,
 )
 from convbert_deploy.serving.tokenizer import Pieces, Tokenizer
 from convbert_deploy.shapes import ShapeProfile
+
+_AT_LEAST_ONE = ("length_multiple", "max_windows", "max_characters", "top_k", "max_answer_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,9 @@ class ScorerOptions:
         (its largest batch times its optimal length).
     long_text: ``fit`` cuts texts of more tokens than the model has positions (the answer says
         ``truncated``) and puts windows over contexts and sentences; ``refuse`` is an error.
-    window_overlap: tokens that neighbouring windows share.
+    window_overlap: tokens that neighbouring windows share. max_windows: a request that would take
+        more is refused (a question that fills the sequence leaves windows of a few tokens each, so
+        that one text would cost thousands).
     max_characters: longer requests are refused before they are tokenized.
     top_k: fillings a mask, answers a question. max_answer_tokens: longest span.
     """
@@ -61,12 +67,13 @@ class ScorerOptions:
     batch_tokens: int | None = None
     long_text: Literal["fit", "refuse"] = "fit"
     window_overlap: int = 128
+    max_windows: int = 1024
     max_characters: int = 200_000
     top_k: int = 5
     max_answer_tokens: int = 30
 
     def __post_init__(self) -> None:
-        for name in ("length_multiple", "max_characters", "top_k", "max_answer_tokens"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.window_overlap < 0:
@@ -171,7 +178,7 @@ class Scorer:
                 work = self._prepare(request)
                 units.extend(self._units(work))
                 works.append(work)
-            except InputError as error:
+            except ConvBertDeployError as error:
                 works.append(error)
         self._run(units)
         return [
@@ -201,13 +208,13 @@ class Scorer:
     def _prepare(self, request: Request) -> _Work:
         options, tokenizer = self.options, self._tokenizer
         checked_request(options.task, request)
-        size = _characters(request)
+        size = characters_of(request)
         if size > options.max_characters:
             raise InputError(f"{size} characters, expected at most {options.max_characters}")
         length = options.max_length
         truncated = False
         if isinstance(request, ChoiceRequest):
-            _check_choices(len(request.choices), options.profile)
+            check_choices(request, options.profile)
             pieces = self._pieces("prompt", request.prompt)
             pairs = [(pieces, self._pieces("a choice", choice)) for choice in request.choices]
             fitted = [sequences.cut(tokenizer, first, second, length) for first, second in pairs]
@@ -215,14 +222,14 @@ class Scorer:
         elif isinstance(request, QuestionRequest):
             question = self._pieces("question", request.question)
             pieces = self._pieces("context", request.context)
-            rows = sequences.windows(tokenizer, question, pieces, length, options.window_overlap)
+            rows = self._windows(question, pieces)
         elif options.task is Task.TOKEN_CLASSIFICATION:
             pieces = (
                 self._pieces("words", request.words)
                 if isinstance(request, WordsRequest)
                 else self._pieces("text", request.text)
             )
-            rows = sequences.windows(tokenizer, None, pieces, length, options.window_overlap)
+            rows = self._windows(None, pieces)
         else:
             pieces = self._pieces("text", request.text)
             pair = (
@@ -239,9 +246,15 @@ class Scorer:
             )
         return _Work(request, pieces, rows, truncated, [{} for _ in rows])
 
+    def _windows(self, question: Pieces | None, text: Pieces) -> list[sequences.Sequence]:
+        length, overlap = self.options.max_length, self.options.window_overlap
+        return sequences.windows(
+            self._tokenizer, question, text, length, overlap, most=self.options.max_windows
+        )
+
     def _pieces(self, name: str, text: str | tuple[str, ...]) -> Pieces:
         split = self._tokenizer.pieces if isinstance(text, str) else self._tokenizer.pieces_of_words
-        pieces = split(text)
+        pieces = sequences.with_whole_characters(split(text))
         if not len(pieces):
             raise InputError(f"{name} holds no token: only invisible characters")
         return pieces
@@ -301,13 +314,22 @@ class Scorer:
             outputs = self._runner.infer(batch)
         for name in self.options.task.output_names:
             found = outputs.get(name)
-            if found is None or found.shape[0] != len(filled):
+            expected = self._leading_shape(batch["input_ids"].shape)
+            if found is None or found.shape[: len(expected)] != expected:
+                shape = None if found is None else list(found.shape)
                 raise EngineError(
-                    f"{self._runner.name} gave {name} of shape "
-                    f"{None if found is None else list(found.shape)} for a batch of {len(filled)}"
+                    f"{self._runner.name} gave {name} of shape {shape} for a batch of "
+                    f"{len(filled)}: expected {list(expected)} first"
                 )
             for row, unit in enumerate(units):
                 unit.work.outputs[unit.index][name] = self._kept(found[row], unit)
+
+    def _leading_shape(self, inputs: tuple[int, ...]) -> tuple[int, ...]:
+        """First axes of every output for inputs of that shape: an output that is too short would be
+        decoded as if its text ended there."""
+        if self.options.task is Task.SEQUENCE_CLASSIFICATION:
+            return inputs[:1]
+        return inputs[:2]  # rows and tokens, or rows and choices
 
     def _padded(self, array: np.ndarray, name: str, length: int) -> np.ndarray:
         """``array`` (seq,) or (choices, seq) with pads up to ``length`` positions."""
@@ -373,18 +395,3 @@ class Scorer:
                 f"{self._runner.name} gave {count} logits, there are {len(labels)} labels"
             )
         return labels
-
-
-def _characters(request: Request) -> int:
-    values = [getattr(request, field.name) for field in dataclasses.fields(request)]
-    texts = [text for v in values for text in (v if isinstance(v, tuple) else (v,))]
-    return sum(len(text) for text in texts if text is not None)
-
-
-def _check_choices(count: int, profile: ShapeProfile) -> None:
-    if count not in profile.choices:
-        raise InputError(
-            f"{count} choices, the engine was built for {profile.choices.min} to "
-            f"{profile.choices.max}",
-            hint="build-engine --shapes choices=MIN:OPT:MAX",
-        )

@@ -8,9 +8,13 @@ truncation is state of the shared object: two threads would disturb each other.
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 
 from convbert_deploy.errors import InputError
 from convbert_deploy.serving.tokenizer import Pieces, Tokenizer
+
+#: no combining mark of Unicode comes before it
+_FIRST_MARK = "\u02ff"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +32,33 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def with_whole_characters(pieces: Pieces) -> Pieces:
+    """The same pieces, whose ends (and their words') include the combining marks that follow.
+
+    A tokenizer that strips accents ends a piece before a mark of its last letter: without this, the
+    answer ``caf\u00e9`` would read ``cafe`` where the text is in decomposed form, and many words of
+    Indian scripts would lose their last vowel.
+    """
+    text, ends = pieces.text, {}
+    for i, (_, end) in enumerate(pieces.offsets):
+        bound = pieces.offsets[i + 1][0] if i + 1 < len(pieces) else len(text)
+        stop = end
+        while (
+            stop < bound and text[stop] > _FIRST_MARK and unicodedata.category(text[stop])[0] == "M"
+        ):
+            stop += 1
+        if stop > end:
+            ends[i] = stop
+    if not ends:
+        return pieces
+    offsets, spans = list(pieces.offsets), list(pieces.word_spans)
+    for i, stop in ends.items():
+        offsets[i] = (offsets[i][0], stop)
+        word = pieces.words[i]
+        spans[word] = (spans[word][0], max(spans[word][1], stop))
+    return dataclasses.replace(pieces, offsets=tuple(offsets), word_spans=tuple(spans))
 
 
 def cut(
@@ -60,7 +91,13 @@ def cut(
 
 
 def windows(
-    tokenizer: Tokenizer, prefix: Pieces | None, text: Pieces, length: int, overlap: int
+    tokenizer: Tokenizer,
+    prefix: Pieces | None,
+    text: Pieces,
+    length: int,
+    overlap: int,
+    *,
+    most: int | None = None,
 ) -> list[Sequence]:
     """Sequences of at most ``length`` tokens that together hold all of ``text``.
 
@@ -68,7 +105,8 @@ def windows(
     window where that is less.
 
     Raises:
-        InputError: the prefix leaves no room for two pieces of the text.
+        InputError: the prefix leaves no room for two pieces of the text, or more than ``most``
+            windows would be needed.
     """
     room = length - (2 if prefix is None else 3 + len(prefix))
     if room < min(2, len(text)):
@@ -78,6 +116,12 @@ def windows(
             hint="shorten the question",
         )
     step = room - min(overlap, room // 2)
+    count = 1 + max(0, -(-(len(text) - room) // step))
+    if most is not None and count > most:
+        raise InputError(
+            f"{len(text)} tokens take {count} windows of {room}, expected at most {most}",
+            hint="shorten the text" if prefix is None else "shorten the question or the context",
+        )
     rows, first = [], 0
     while True:
         ids = text.ids[first : first + room]

@@ -1,0 +1,1 @@
+"""An engine as a model repository of Triton Inference Server."""
