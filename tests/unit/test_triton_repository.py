@@ -102,7 +102,7 @@ def test_its_manifest_has_every_hash_the_chain_and_the_golden_requests(engine, t
 def test_every_file_is_held_to_its_hash(engine, tmp_path):
     target = tmp_path / "repository"
     package(engine, target)
-    (target / "tiny_fp32/config.pbtxt").write_text("name: 'other'")
+    (target / "models/tiny_fp32/config.pbtxt").write_text("name: 'other'")
     with pytest.raises(EngineError, match=r"damaged: tiny_fp32/config\.pbtxt"):
         Repository.load(target)
     for content in ("{", '{"schema": 1}', "[]"):
@@ -324,8 +324,8 @@ def test_the_command_says_what_it_wrote(engine, tmp_path):
     done = invoke(str(engine.path), "-o", str(target), "--name", "m", "--instances", "2")
     assert done.exit_code == 0, done.output
     last = done.stdout.splitlines()[-1]
-    assert last.startswith(f"wrote {target}: m ") and "m_engine (python backend" in last
-    assert "count: 2" in (target / "m_engine/config.pbtxt").read_text()
+    assert last.startswith(f"wrote {target / 'models'}: m ") and "m_engine (python backend" in last
+    assert "count: 2" in (target / "models/m_engine/config.pbtxt").read_text()
     again = invoke(str(engine.path), "-o", str(target))
     assert again.exit_code == 3 and "hint:  --force" in again.stderr
     result = json.loads(
@@ -333,8 +333,8 @@ def test_the_command_says_what_it_wrote(engine, tmp_path):
             str(engine.path), "-o", str(target), "--force", "--environment", "/e", "--json"
         ).stdout
     )
-    assert result["repository"] == str(target) and result["environment"] == "/e"
-    assert 'string_value: "/e"' in (target / "tiny_fp32/config.pbtxt").read_text()
+    assert result["repository"] == str(target / "models") and result["environment"] == "/e"
+    assert 'string_value: "/e"' in (target / "models/tiny_fp32/config.pbtxt").read_text()
 
 
 def test_the_command_refuses_hf_with_exit_3(tmp_path):
