@@ -1,10 +1,12 @@
 # make demo: everything on the sample checkpoint.  make test: the whole test suite.
 # Variables: PYTHON (interpreter to make the environment with), PIP_ARGS (extra arguments of pip,
-# such as an index with CPU-only builds of torch), TensorRT_ROOT, ARGS (for pytest).
+# such as an index with CPU-only builds of torch), TensorRT_ROOT, ARGS (for pytest), WORKERS
+# (processes that the tests run in).
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -23,8 +25,10 @@ NATIVE_SOURCES := $(shell find CMakeLists.txt plugins -type f \( -name '*.cpp' -
 demo: install
 	$(BIN)/convbert-deploy demo
 
+# a file's tests stay in one process, which shares what they export; two processes of many threads
+# each would only wait for one another
 test: install
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 install: $(STAMP)
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from convbert_deploy import __version__
-from convbert_deploy.bulk.command import bulk
+from convbert_deploy.bulk_scoring.command import bulk
 from convbert_deploy.command_line import (
     PATH,
     TASKS,

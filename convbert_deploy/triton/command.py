@@ -55,13 +55,12 @@ def triton(engine: pathlib.Path, output: pathlib.Path, as_json: bool, **settings
     """Write a model repository of Triton Inference Server that serves ENGINE."""
     from convbert_deploy.engine import Engine
     from convbert_deploy.triton.deployment import facts_of, write_deployment
-    from convbert_deploy.triton.repository import TritonOptions
-    from convbert_deploy.triton.repository import package as run_package
+    from convbert_deploy.triton.repository import TritonOptions, package_triton
 
     options = TritonOptions(command=command_line(), **settings)
     loaded = Engine.load(engine)
     models = output / "models"
-    repository = run_package(loaded, models, options, progress)
+    repository = package_triton(loaded, models, options, progress)
     write_deployment(output, facts_of(repository, loaded, plugin_folder=options.plugin_folder))
     manifest = repository.manifest
     if as_json:

@@ -156,7 +156,7 @@ class Repository:
         return cls(path, manifest)
 
 
-def package(
+def package_triton(
     engine: Engine,
     target: pathlib.Path,
     options: TritonOptions | None = None,

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from convbert_deploy.bulk.command import bulk
+from convbert_deploy.bulk_scoring.command import bulk
 from convbert_deploy.command_line import Cli
 
 _OBJECT_STORE = 100 * 2**20

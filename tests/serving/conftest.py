@@ -77,7 +77,7 @@ def repository_of(
 ) -> Callable[[Task], pathlib.Path]:
     """A model repository of ``engine_of(task)``; its models are ``model_name(task)`` and the same
     with ``_engine``."""
-    from convbert_deploy.triton.repository import TritonOptions, package
+    from convbert_deploy.triton.repository import TritonOptions, package_triton
 
     made: dict[Task, pathlib.Path] = {}
 
@@ -91,7 +91,7 @@ def repository_of(
                 delay_us=2000,
             )
             target = tmp_path_factory.mktemp("repository") / "models"
-            made[task] = package(engine_of(task), target, options).path
+            made[task] = package_triton(engine_of(task), target, options).path
         return made[task]
 
     return repository_of

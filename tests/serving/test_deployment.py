@@ -70,6 +70,7 @@ def service(engine_of, repository_of, triton_environment, tmp_path_factory):
             },
             stdout=log,
             stderr=subprocess.STDOUT,
+            cwd=folder,
             start_new_session=True,
         )
     try:

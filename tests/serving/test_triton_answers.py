@@ -15,7 +15,7 @@ import convbert_deploy as cd
 from convbert_deploy.architecture import Task
 from convbert_deploy.engine import MANIFEST, Engine
 from convbert_deploy.golden import GoldenRequest
-from convbert_deploy.triton.repository import Repository, TritonOptions, package
+from convbert_deploy.triton.repository import Repository, TritonOptions, package_triton
 
 from serving.triton_server import TritonEnvironment, TritonServer, wait_until
 
@@ -206,7 +206,7 @@ def test_an_engine_that_is_gone_is_the_servers_error(
 ):
     engine = engine_of(Task.SEQUENCE_CLASSIFICATION)
     options = TritonOptions(name="texts", environment=str(triton_environment.model))
-    repository = package(engine, tmp_path / "repository", options)
+    repository = package_triton(engine, tmp_path / "repository", options)
     with TritonServer(repository.path, explicit=True) as running:
         client = http_client, http_client.InferenceServerClient(running.http_url)
         with client[1]:
@@ -230,12 +230,12 @@ def test_a_new_version_takes_over_and_the_old_one_keeps_its_engine(
     second = relabelled(first, tmp_path / "second.engine", ("low", "middle", "high"))
     environment = str(triton_environment.model)
     options = TritonOptions(name="texts", environment=environment)
-    target = package(first, tmp_path / "repository", options).path
+    target = package_triton(first, tmp_path / "repository", options).path
     with TritonServer(target, explicit=True) as running:
         client = http_client, http_client.InferenceServerClient(running.http_url)
         with client[1]:
             old = ask(client, "texts", b"A fine day.")[0]
-            package(second, target, TritonOptions(environment=environment, add_version=True))
+            package_triton(second, target, TritonOptions(environment=environment, add_version=True))
             running.load("texts_engine")
             before = executed(running)
             assert ask(client, "texts", b"A fine day.") == [old]

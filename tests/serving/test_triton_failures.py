@@ -228,13 +228,13 @@ def test_a_restarted_server_gives_the_same_values(repository_of):
 @pytest.fixture(scope="module")
 def patient_repository(engine_of, triton_environment, tmp_path_factory):
     """Its requests wait 1.5 s for others, so that they can be met on their way."""
-    from convbert_deploy.triton.repository import TritonOptions, package
+    from convbert_deploy.triton.repository import TritonOptions, package_triton
 
     options = TritonOptions(
         name=NAME, environment=str(triton_environment.model), threads=1, delay_us=1_500_000
     )
     target = tmp_path_factory.mktemp("patient") / "models"
-    return package(engine_of(TASK), target, options).path
+    return package_triton(engine_of(TASK), target, options).path
 
 
 @pytest.mark.parametrize("grpc", [False, True], ids=["http", "grpc"])

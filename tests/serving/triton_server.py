@@ -290,6 +290,7 @@ class TritonServer:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                cwd=self._folder,  # which python models import from before their environment
                 start_new_session=True,  # so that its models' processes can be stopped with it
             )
 

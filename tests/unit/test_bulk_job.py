@@ -9,13 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from convbert_deploy.architecture import Task
-from convbert_deploy.bulk import command, processes
-from convbert_deploy.bulk import job as bulk_job
-from convbert_deploy.bulk.cluster import ShardActor, check_reachable, check_room
-from convbert_deploy.bulk.folder import BulkFolder
-from convbert_deploy.bulk.job import bulk, local_sizes
-from convbert_deploy.bulk.options import FORMATS, BulkOptions
-from convbert_deploy.bulk.shard_scoring import ShardScorer
+from convbert_deploy.bulk_scoring import command, processes
+from convbert_deploy.bulk_scoring import job as bulk_job
+from convbert_deploy.bulk_scoring.cluster import ShardActor, check_reachable, check_room
+from convbert_deploy.bulk_scoring.folder import BulkFolder
+from convbert_deploy.bulk_scoring.job import bulk, local_sizes
+from convbert_deploy.bulk_scoring.options import FORMATS, BulkOptions
+from convbert_deploy.bulk_scoring.shard_scoring import ShardScorer
 from convbert_deploy.errors import (
     EngineError,
     InputError,

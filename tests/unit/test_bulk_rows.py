@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from convbert_deploy.bulk import lines as bulk_lines
-from convbert_deploy.bulk.options import BulkOptions
-from convbert_deploy.bulk.plan import find_files, make_plan
-from convbert_deploy.bulk.rows import merged_kind, read_rows, request_object
+from convbert_deploy.bulk_scoring import lines as bulk_lines
+from convbert_deploy.bulk_scoring.options import BulkOptions
+from convbert_deploy.bulk_scoring.plan import find_files, make_plan
+from convbert_deploy.bulk_scoring.rows import merged_kind, read_rows, request_object
 from convbert_deploy.errors import InputError, OutputError
 
 NONE = frozenset()

@@ -22,7 +22,7 @@ from convbert_deploy.triton.repository import (
     REPOSITORY_MANIFEST,
     Repository,
     TritonOptions,
-    package,
+    package_triton,
 )
 
 import triton_engines
@@ -59,7 +59,7 @@ def tree(folder: pathlib.Path) -> set[str]:
 
 def test_a_repository_of_a_cpu_engine(engine, tmp_path):
     target = tmp_path / "out" / "repository"
-    made = package(engine, target)
+    made = package_triton(engine, target)
     assert (made.name, made.engine_name) == ("tiny_fp32", "tiny_fp32_engine")
     assert made.plugins is None and made.server_arguments == ()
     copied = {f"tiny_fp32_engine/1/engine/{name}" for name in tree(engine.path)}
@@ -83,7 +83,7 @@ def test_a_repository_of_a_cpu_engine(engine, tmp_path):
 
 def test_its_manifest_has_every_hash_the_chain_and_the_golden_requests(engine, tmp_path, answers):
     target = tmp_path / "repository"
-    package(engine, target, TritonOptions(command="convbert-deploy package"))
+    package_triton(engine, target, TritonOptions(command="convbert-deploy package"))
     loaded = Repository.load(target).manifest
     assert set(loaded["files"]) == tree(target) - {REPOSITORY_MANIFEST}
     assert all(sha256_of_file(target / name) == found for name, found in loaded["files"].items())
@@ -101,8 +101,8 @@ def test_its_manifest_has_every_hash_the_chain_and_the_golden_requests(engine, t
 
 def test_every_file_is_held_to_its_hash(engine, tmp_path):
     target = tmp_path / "repository"
-    package(engine, target)
-    (target / "models/tiny_fp32/config.pbtxt").write_text("name: 'other'")
+    package_triton(engine, target)
+    (target / "tiny_fp32/config.pbtxt").write_text("name: 'other'")
     with pytest.raises(EngineError, match=r"damaged: tiny_fp32/config\.pbtxt"):
         Repository.load(target)
     for content in ("{", '{"schema": 1}', "[]"):
@@ -115,7 +115,7 @@ def test_warm_up_files_hold_one_row_that_the_engine_takes(tmp_path):
     from convbert_deploy.serving.requests import validated_batch
 
     engine = triton_engines.on_disk(tmp_path, Task.MULTIPLE_CHOICE, padding="masked")
-    made = package(engine, tmp_path / "repository")
+    made = package_triton(engine, tmp_path / "repository")
     for warm in warm_ups(engine.manifest):
         row = {
             name: np.fromfile(made.path / made.engine_name / "warmup" / warm.file(name), np.int64)
@@ -131,12 +131,12 @@ def test_the_golden_text_is_a_request_of_the_task(task, tmp_path):
     from convbert_deploy.serving.requests import request_from_json
 
     engine = triton_engines.on_disk(tmp_path, task, padding="masked")
-    made = package(engine, tmp_path / "repository")
+    made = package_triton(engine, tmp_path / "repository")
     request_from_json(task, made.manifest["golden_text"]["request"])
 
 
 def test_models_are_python_that_compiles(engine, tmp_path):
-    made = package(engine, tmp_path / "repository")
+    made = package_triton(engine, tmp_path / "repository")
     for model in (made.name, made.engine_name):
         source = (made.path / model / "1" / "model.py").read_text()
         assert "class TritonPythonModel" in source
@@ -149,7 +149,7 @@ def test_models_are_python_that_compiles(engine, tmp_path):
 def test_a_plan_gets_its_plugin_beside_the_repository(tmp_path, library):
     engine = triton_engines.on_disk(tmp_path, padding="masked", backend="tensorrt")
     target = tmp_path / "out" / "repository"
-    package(engine, target, TritonOptions(name="m", plugin_folder="/opt/plugins"))
+    package_triton(engine, target, TritonOptions(name="m", plugin_folder="/opt/plugins"))
     made = Repository.load(target)
     assert (target / "m_engine/1/model.plan").read_text() == "a plan"
     assert not (target / "m_engine/1/model.py").exists()
@@ -163,18 +163,18 @@ def test_a_plan_gets_its_plugin_beside_the_repository(tmp_path, library):
 
 def test_another_build_of_a_plugin_is_not_overwritten(tmp_path, library):
     engine = triton_engines.on_disk(tmp_path, padding="masked", backend="tensorrt")
-    package(engine, tmp_path / "out" / "a")
+    package_triton(engine, tmp_path / "out" / "a")
     library.write_text("new code")
     with pytest.raises(OutputError, match="another build") as caught:
-        package(engine, tmp_path / "out" / "b")
+        package_triton(engine, tmp_path / "out" / "b")
     assert "--force" in caught.value.hint and not (tmp_path / "out" / "b").exists()
-    package(engine, tmp_path / "out" / "b", TritonOptions(replace=True))
+    package_triton(engine, tmp_path / "out" / "b", TritonOptions(replace=True))
     assert (tmp_path / "out" / "plugins" / "libours.so").read_text() == "new code"
 
 
 def test_a_graph_for_cuda_names_its_operators(tmp_path, library):
     engine = triton_engines.on_disk(tmp_path, padding="masked", backend="onnxruntime-cuda")
-    made = package(engine, tmp_path / "repository", TritonOptions(name="m"))
+    made = package_triton(engine, tmp_path / "repository", TritonOptions(name="m"))
     assert (made.path / "m_engine/1/model.onnx").read_text() == "a graph"
     config = (made.path / "m_engine/config.pbtxt").read_text()
     assert 'op_library_filename: [ "/plugins/libours.so" ]' in config
@@ -186,12 +186,12 @@ def test_the_library_must_be_the_one_the_engine_was_built_with(tmp_path, library
     data = json.loads((engine.path / "manifest.json").read_text()) | {"plugin_sha256": "00" * 32}
     (engine.path / "manifest.json").write_text(json.dumps(data))
     with pytest.raises(EngineError, match="not the library that the engine was built with"):
-        package(Engine.load(engine.path), tmp_path / "repository")
+        package_triton(Engine.load(engine.path), tmp_path / "repository")
 
 
 def test_our_own_runner_can_take_the_place_of_tritons_backends(tmp_path, library):
     engine = triton_engines.on_disk(tmp_path, padding="masked", backend="tensorrt")
-    made = package(engine, tmp_path / "repository", TritonOptions(name="m", own_runner=True))
+    made = package_triton(engine, tmp_path / "repository", TritonOptions(name="m", own_runner=True))
     assert made.plugins is None and made.manifest["triton_backend"] == "python"
     assert Engine.load(made.path / "m_engine/1/engine").manifest == engine.manifest
     assert "KIND_GPU" in (made.path / "m_engine/config.pbtxt").read_text()
@@ -202,14 +202,14 @@ def test_our_own_runner_can_take_the_place_of_tritons_backends(tmp_path, library
 
 def test_a_version_is_added_beside_the_older_ones(engine, tmp_path):
     target = tmp_path / "repository"
-    first = package(engine, target, TritonOptions(name="m"))
+    first = package_triton(engine, target, TritonOptions(name="m"))
     before = {name: (target / name).read_bytes() for name in tree(target) if "/1/" in name}
     again = triton_engines.on_disk(tmp_path / "new", padding="masked")
     (again.path / "model.onnx").write_text("a better graph")
     data = json.loads((again.path / "manifest.json").read_text())
     data["files"]["model.onnx"] = sha256_of_file(again.path / "model.onnx")
     (again.path / "manifest.json").write_text(json.dumps(data))
-    package(Engine.load(again.path), target, TritonOptions(add_version=True))
+    package_triton(Engine.load(again.path), target, TritonOptions(add_version=True))
     made = Repository.load(target)
     assert (first.versions, made.versions, made.name) == ((1,), (1, 2), "m")
     assert {name: (target / name).read_bytes() for name in before} == before
@@ -219,12 +219,12 @@ def test_a_version_is_added_beside_the_older_ones(engine, tmp_path):
 
 def test_versions_share_a_config(engine, tmp_path):
     target = tmp_path / "repository"
-    package(engine, target)
+    package_triton(engine, target)
     other = triton_engines.on_disk(tmp_path / "new", Task.ENCODER, padding="masked")
     with pytest.raises(EngineError, match="task is encoder, theirs sequence-classification"):
-        package(other, target, TritonOptions(add_version=True))
+        package_triton(other, target, TritonOptions(add_version=True))
     with pytest.raises(EngineError, match="text_model is another"):
-        package(engine, target, TritonOptions(name="another", add_version=True))
+        package_triton(engine, target, TritonOptions(name="another", add_version=True))
     assert Repository.load(target).versions == (1,)
 
 
@@ -234,11 +234,11 @@ def test_versions_share_a_config(engine, tmp_path):
 def test_hf_engines_are_refused_unless_accepted_in_words(tmp_path):
     engine = triton_engines.on_disk(tmp_path, padding="hf")
     with pytest.raises(EngineError, match="padding hf") as caught:
-        package(engine, tmp_path / "repository")
+        package_triton(engine, tmp_path / "repository")
     assert "export --padding masked" in caught.value.hint
     assert not (tmp_path / "repository").exists()
     accepted = TritonOptions(accept_batch_dependent_answers=True)
-    made = package(engine, tmp_path / "repository", accepted)
+    made = package_triton(engine, tmp_path / "repository", accepted)
     assert made.manifest["accept_batch_dependent_answers"] is True
     assert "allow_ragged_batch" not in (made.path / made.engine_name / "config.pbtxt").read_text()
 
@@ -246,13 +246,13 @@ def test_hf_engines_are_refused_unless_accepted_in_words(tmp_path):
 def test_an_engine_without_tokenizer_is_refused(tmp_path):
     engine = triton_engines.described(padding="masked", path=tmp_path)
     with pytest.raises(EngineError, match="no tokenizer"):
-        package(engine, tmp_path / "repository")
+        package_triton(engine, tmp_path / "repository")
 
 
 def test_an_engine_that_answers_with_an_error_is_refused(engine, tmp_path, answers):
     answers[0] = {"error": "computed NaN", "hint": None}
     with pytest.raises(EngineError, match="cannot answer .*computed NaN"):
-        package(engine, tmp_path / "repository")
+        package_triton(engine, tmp_path / "repository")
     assert not (tmp_path / "repository").exists()
 
 
@@ -262,7 +262,7 @@ def test_an_engine_that_cannot_run_here_has_no_golden_text(engine, tmp_path, mon
 
     monkeypatch.setattr(answering, "run", run)
     said: list[str] = []
-    made = package(engine, tmp_path / "repository", progress=said.append)
+    made = package_triton(engine, tmp_path / "repository", progress=said.append)
     assert made.manifest["golden_text"] is None
     assert any("built for another machine" in text for text in said)
 
@@ -272,15 +272,15 @@ def test_what_is_there_is_only_replaced_when_it_is_ours_and_asked(engine, tmp_pa
     target.mkdir()
     (target / "letter").write_text("mine")
     with pytest.raises(OutputError, match="is not a model repository"):
-        package(engine, target, TritonOptions(replace=True))
+        package_triton(engine, target, TritonOptions(replace=True))
     assert tree(target) == {"letter"}
     (target / "letter").unlink()
     target.rmdir()
-    package(engine, target)
+    package_triton(engine, target)
     with pytest.raises(OutputError, match="exists") as caught:
-        package(engine, target)
+        package_triton(engine, target)
     assert "--force" in caught.value.hint
-    assert package(engine, target, TritonOptions(name="other", replace=True)).name == "other"
+    assert package_triton(engine, target, TritonOptions(name="other", replace=True)).name == "other"
     assert Repository.load(target).name == "other"
 
 
@@ -291,7 +291,7 @@ def test_a_failure_midway_leaves_nothing(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(repository_module, "write_text_model", broken)
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="No space left"):
-        package(engine, tmp_path / "out" / "repository")
+        package_triton(engine, tmp_path / "out" / "repository")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -33,7 +33,8 @@ if [ ! -e "$plugins/@plugin_library@" ]; then #@plugin
     exit 3 #@plugin
 fi #@plugin
 
-# Explicit control: only these models are loaded, and loading one again restarts its process.
+# Explicit control: only these models are loaded, and one whose process died can be unloaded and
+# loaded while the server runs.
 exec tritonserver \
     --model-repository="$models" \
     --model-control-mode=explicit \

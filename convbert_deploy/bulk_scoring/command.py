@@ -51,8 +51,8 @@ def bulk(
     Each input row comes out once, with its answer or an error. The same command goes on after an
     interruption. Exit 3 where no row could be scored.
     """
-    from convbert_deploy.bulk.job import bulk as run_bulk
-    from convbert_deploy.bulk.options import BulkOptions
+    from convbert_deploy.bulk_scoring.job import bulk as run_bulk
+    from convbert_deploy.bulk_scoring.options import BulkOptions
 
     options = BulkOptions(
         keep=None if keep is None else tuple(name for name in keep.split(",") if name),

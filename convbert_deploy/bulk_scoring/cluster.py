@@ -16,10 +16,10 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from convbert_deploy.bulk.folder import BulkFolder
-from convbert_deploy.bulk.plan import Shard
-from convbert_deploy.bulk.processes import ATTEMPTS, remote_error
-from convbert_deploy.bulk.shard_scoring import Job, ShardResult, ShardScorer
+from convbert_deploy.bulk_scoring.folder import BulkFolder
+from convbert_deploy.bulk_scoring.plan import Shard
+from convbert_deploy.bulk_scoring.processes import ATTEMPTS, remote_error
+from convbert_deploy.bulk_scoring.shard_scoring import Job, ShardResult, ShardScorer
 from convbert_deploy.errors import ConvBertDeployError, EngineError, InputError
 
 #: Ray keeps each block of a data set as an object: with more shards a block holds several

@@ -15,8 +15,8 @@ from multiprocessing import connection
 from typing import Any
 
 from convbert_deploy import errors
-from convbert_deploy.bulk.plan import Shard
-from convbert_deploy.bulk.shard_scoring import Job, ShardResult, ShardScorer
+from convbert_deploy.bulk_scoring.plan import Shard
+from convbert_deploy.bulk_scoring.shard_scoring import Job, ShardResult, ShardScorer
 from convbert_deploy.errors import ConvBertDeployError, EngineError
 
 #: times that a shard may end its process before the job is given up

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from convbert_deploy.bulk.lines import LONGEST_LINE, lines, records
-from convbert_deploy.bulk.plan import Shard, Source
+from convbert_deploy.bulk_scoring.lines import LONGEST_LINE, lines, records
+from convbert_deploy.bulk_scoring.plan import Shard, Source
 from convbert_deploy.errors import InputError, MissingDependencyError
 
 _MOST_COLUMNS = 1000

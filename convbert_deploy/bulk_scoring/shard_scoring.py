@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from convbert_deploy.bulk.columns import answer_columns
-from convbert_deploy.bulk.folder import BulkFolder
-from convbert_deploy.bulk.parts import part_writer
-from convbert_deploy.bulk.plan import Shard, Source
-from convbert_deploy.bulk.rows import Row, read_rows, request_object
+from convbert_deploy.bulk_scoring.columns import answer_columns
+from convbert_deploy.bulk_scoring.folder import BulkFolder
+from convbert_deploy.bulk_scoring.parts import part_writer
+from convbert_deploy.bulk_scoring.plan import Shard, Source
+from convbert_deploy.bulk_scoring.rows import Row, read_rows, request_object
 from convbert_deploy.engine import MANIFEST, Engine
 from convbert_deploy.errors import ConvBertDeployError, EngineError, InputError
 from convbert_deploy.provenance import atomic_file, sha256_of_file

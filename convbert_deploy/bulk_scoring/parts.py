@@ -8,9 +8,9 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from convbert_deploy.bulk.columns import AnswerColumn
-from convbert_deploy.bulk.plan import Column
-from convbert_deploy.bulk.rows import Row, open_parquet
+from convbert_deploy.bulk_scoring.columns import AnswerColumn
+from convbert_deploy.bulk_scoring.plan import Column
+from convbert_deploy.bulk_scoring.rows import Row, open_parquet
 from convbert_deploy.errors import MissingDependencyError
 from convbert_deploy.serving.decode import Answer
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from convbert_deploy import __version__
-from convbert_deploy.bulk.columns import reserved_names
-from convbert_deploy.bulk.folder import BulkFolder
-from convbert_deploy.bulk.options import BulkOptions
-from convbert_deploy.bulk.plan import Plan, Shard, Source, find_files, input_root, make_plan
-from convbert_deploy.bulk.rows import request_object
-from convbert_deploy.bulk.shard_scoring import Job, ShardResult, engine_sha256
+from convbert_deploy.bulk_scoring.columns import reserved_names
+from convbert_deploy.bulk_scoring.folder import BulkFolder
+from convbert_deploy.bulk_scoring.options import BulkOptions
+from convbert_deploy.bulk_scoring.plan import Plan, Shard, Source, find_files, input_root, make_plan
+from convbert_deploy.bulk_scoring.rows import request_object
+from convbert_deploy.bulk_scoring.shard_scoring import Job, ShardResult, engine_sha256
 from convbert_deploy.engine import Engine
 from convbert_deploy.errors import (
     InputError,
@@ -247,7 +247,7 @@ class _Run:
         )
 
     def _local(self, missing: list[Shard]) -> tuple[int, int, Iterator[ShardResult]]:
-        from convbert_deploy.bulk.processes import score_in_processes
+        from convbert_deploy.bulk_scoring.processes import score_in_processes
 
         workers, threads = local_sizes(self._options, usable_cpus(), _gpus(self._engine))
         workers = min(workers, len(missing))
@@ -260,7 +260,12 @@ class _Run:
     def _ray(
         self, missing: list[Shard], stack: contextlib.ExitStack
     ) -> tuple[int, int, Iterator[ShardResult]]:
-        from convbert_deploy.bulk.cluster import check_room, connected, live_nodes, score_on_ray
+        from convbert_deploy.bulk_scoring.cluster import (
+            check_room,
+            connected,
+            live_nodes,
+            score_on_ray,
+        )
 
         ray = stack.enter_context(connected(self._options.address))
         threads, gpus = self._options.threads or 1, _gpus(self._engine)

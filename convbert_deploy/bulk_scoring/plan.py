@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from convbert_deploy.bulk.options import FORMATS, BulkOptions
+from convbert_deploy.bulk_scoring.options import FORMATS, BulkOptions
 from convbert_deploy.errors import InputError, OutputError
 
 
@@ -177,7 +177,7 @@ def make_plan(path: pathlib.Path, options: BulkOptions, reserved: frozenset[str]
         InputError: unreadable, no rows, files of different columns, or no such column.
         MissingDependencyError: Parquet without pyarrow.
     """
-    from convbert_deploy.bulk.rows import Scan, scanner
+    from convbert_deploy.bulk_scoring.rows import Scan, scanner
 
     wanted, files = find_files(path, options.format)
     root = input_root(path)
