@@ -332,7 +332,7 @@ def run(engine: pathlib.Path, text: tuple[str, ...], input_file: Any, threads: i
 @click.argument("file", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="one JSON object")
 def inspect(file: pathlib.Path, as_json: bool) -> None:
-    """Say what FILE is: checkpoint, graph or engine."""
+    """Say what FILE is: checkpoint, graph, engine or model repository."""
     from convbert_deploy.inspection import inspect as run_inspect
 
     description = run_inspect(file)
@@ -359,7 +359,7 @@ def doctor(as_json: bool) -> None:
 @click.option("--texts", type=PATH, default="samples/brown-pos.jsonl", help="JSONL to answer")
 @click.option("-o", "--output", type=PATH, default="demo-output", help="folder for all artifacts")
 def demo(ckpt: pathlib.Path, texts: pathlib.Path, output: pathlib.Path) -> None:
-    """The whole way: export, build, verify, bench and answer; a report at the end."""
+    """The whole way: export, build, verify, bench, answer and package; a report at the end."""
     from convbert_deploy.demonstration import demo as run_demo
 
     result = run_demo(load_checkpoint(ckpt), texts, output, progress)

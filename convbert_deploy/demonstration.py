@@ -1,17 +1,21 @@
-"""The main job on a sample: export, calibrate, build, verify, evaluate, bench, answer; one report
-at the end."""
+"""The main job on a sample: export, calibrate, build, verify, evaluate, bench, answer, package, score
+a file; one report at the end."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 from convbert_deploy.benchmarking import BenchmarkReport, BenchOptions
 from convbert_deploy.benchmarking.bench import BenchRequest, bench
 from convbert_deploy.build import BuildOptions, build_engine
+from convbert_deploy.bulk_scoring.folder import JOB
+from convbert_deploy.bulk_scoring.job import bulk
+from convbert_deploy.bulk_scoring.options import BulkOptions
 from convbert_deploy.calibration.calibrating import CalibrateOptions, Progress, calibrate
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.engine import Engine
@@ -25,12 +29,14 @@ from convbert_deploy.provenance import atomic_file
 from convbert_deploy.report import to_markdown
 from convbert_deploy.report_calibration import calibration_text
 from convbert_deploy.report_evaluation import evaluation_text
+from convbert_deploy.triton.deployment import facts_of, write_deployment
+from convbert_deploy.triton.repository import TritonOptions, package_triton
 from convbert_deploy.verification import VerifyOptions, verify
 
 _ANSWERED_LINES = 200
 _SHOWN_LINES = 3
 _CALIBRATION_LINES = 128
-_BENCH = BenchOptions(min_time_s=1.0, max_runs=200)
+_BENCH = BenchOptions(min_time_s=0.5, max_runs=60, max_time_s=2.0, precision=0.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +93,8 @@ def demo(
     evaluated = evaluate(more[0][0], answered, checkpoint)
     sections += ["## INT8 on labelled texts", f"```\n{evaluation_text(evaluated)}\n```"]
     sections += ["## Answers", _answers(engines[0][0].path, answered)]
+    progress("service")
+    sections += ["## Service", _service(checkpoint, answered, folder, progress)]
     with atomic_file(folder / "report.md") as temporary:
         temporary.write_text("\n\n".join(sections) + "\n")
     passed = all(report.passed for report in (*reports, evaluated))
@@ -178,6 +186,48 @@ def _answers(engine: pathlib.Path, texts: pathlib.Path) -> str:
             f"({agreed / words:.1%}) in {len(lines)} sentences."
         )
     return "\n\n".join(parts)
+
+
+def _service(
+    checkpoint: Checkpoint,
+    texts: pathlib.Path,
+    folder: pathlib.Path,
+    progress: Callable[[str], None],
+) -> str:
+    """An engine whose answers do not depend on their batch, packaged for Triton, and a scored file."""
+    name = f"{checkpoint.path.resolve().stem}.masked"
+    graph = folder / f"{name}.onnx"
+    command = "convbert-deploy demo"
+    export(checkpoint, graph, ExportOptions(padding="masked", command=command), progress)
+    options = BuildOptions(backend="onnxruntime", command=command)
+    engine = build_engine(Graph.load(graph), folder / f"{name}.engine", options, progress)
+    repository = package_triton(
+        engine,
+        folder / "service" / "models",
+        TritonOptions(replace=True, command=command),
+        progress,
+    )
+    write_deployment(folder / "service", facts_of(repository, engine))
+    scored = bulk(
+        texts,
+        _emptied(folder / "scored"),
+        engine.path,
+        BulkOptions(output_format="jsonl", workers=1, local=True),
+        progress,
+    )
+    return (
+        f"{folder / 'service'}: Triton models {repository.name} (text) and "
+        f"{repository.engine_name} (token ids); run.sh, Dockerfile, docker-compose.yaml, helm/ and "
+        f"kserve/ beside them.\n\n{scored.output}: {scored.rows} rows of {texts.name} scored by "
+        f"`bulk`, {scored.errors} errors."
+    )
+
+
+def _emptied(folder: pathlib.Path) -> pathlib.Path:
+    """The demo starts anew each time; a bulk job would go on where its folder stands."""
+    if (folder / JOB).is_file():
+        shutil.rmtree(folder)
+    return folder
 
 
 def _agreement(lines: list[str], answers: list[dict[str, Any]]) -> tuple[int, int]:

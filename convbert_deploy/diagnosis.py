@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import enum
+import importlib.metadata
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,10 +21,17 @@ _PACKAGES: dict[str, tuple[str | None, str]] = {
     "torch": ("export", "checkpoints and the eager reference"),
     "transformers": ("export", "checkpoints and the eager reference"),
     "onnxruntime": ("ort", "the onnxruntime engine"),
-    "tokenizers": ("ort", "text input"),
     "tensorrt_rtx": ("tensorrt-rtx", "the tensorrt-rtx engine"),
     "tensorrt": ("tensorrt", "the tensorrt engine"),
+    "tokenizers": ("serve", "text input"),
+    "sklearn": ("evaluate", "task metrics"),
+    "matplotlib": ("bench", "plots of bench and profile"),
+    "tritonclient": ("triton", "probe and load over gRPC"),
+    "pyarrow": ("bulk", "bulk scoring of Parquet"),
+    "ray": ("ray", "bulk scoring on a cluster"),
 }
+#: distributions called otherwise than what they hold
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 
 _BUILD_LIBRARIES = "make native"
 
@@ -69,7 +77,7 @@ def doctor(facts: Environment | None = None) -> list[Check]:
 def _packages(facts: Environment) -> Iterator[Check]:
     for name, (extra, purpose) in _PACKAGES.items():
         install = f"pip install 'convbert-deploy{f'[{extra}]' if extra else ''}'"
-        version = facts.versions.get(name)
+        version = facts.versions.get(name) or _version(name)
         importable = importlib.util.find_spec(name) is not None
         if version and not importable:
             yield Check(
@@ -82,6 +90,13 @@ def _packages(facts: Environment) -> Iterator[Check]:
             yield Check(name, Status.OK, f"{version or 'version unknown'} ({purpose})")
         else:
             yield Check(name, Status.MISSING, f"needed for {purpose}", install)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _libraries() -> Iterator[Check]:

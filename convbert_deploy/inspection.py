@@ -1,4 +1,4 @@
-"""What is this file? Checkpoints, graphs and engines described as data."""
+"""What is this file? Checkpoints, graphs, engines and model repositories described as data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from convbert_deploy.errors import CheckpointError, ConvBertDeployError
+from convbert_deploy.serving.probe import REPOSITORY_MANIFEST
 
 _LISTED_TENSORS = 20
 
@@ -15,7 +16,7 @@ def inspect(path: str | pathlib.Path) -> dict[str, Any]:
     """Kind, architecture, precision, shapes, operators and parent chain of an artifact.
 
     Raises:
-        ConvBertDeployError: none of the three kinds, or damaged.
+        ConvBertDeployError: none of the four kinds, or damaged.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -24,6 +25,8 @@ def inspect(path: str | pathlib.Path) -> dict[str, Any]:
         return _graph(path)
     if path.is_dir() and (path / "manifest.json").is_file():
         return _engine(path)
+    if path.is_dir() and (path / REPOSITORY_MANIFEST).is_file():
+        return _repository(path)
     return _checkpoint(path)
 
 
@@ -32,6 +35,16 @@ def _engine(path: pathlib.Path) -> dict[str, Any]:
 
     engine = Engine.load(path)
     return {"kind": "engine", "intact": True} | engine.manifest.to_json()
+
+
+def _repository(path: pathlib.Path) -> dict[str, Any]:
+    from convbert_deploy.triton.repository import Repository
+
+    data = Repository.load(path).manifest
+    left_out = ("files", "golden", "golden_text")
+    return {"kind": "model repository", "intact": True} | {
+        key: value for key, value in data.items() if key not in left_out
+    }
 
 
 def _graph(path: pathlib.Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from convbert_deploy.benchmarking.warnings import BenchmarkWarning
+from convbert_deploy.benchmarking.measurement import BenchmarkWarning
 
 #: A load average this far above the CPUs left over means that others want the same cores.
 _SLACK = 0.5

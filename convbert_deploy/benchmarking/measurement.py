@@ -11,7 +11,17 @@ from convbert_deploy.benchmarking.cases import Point, Workload
 from convbert_deploy.benchmarking.floor import Ceiling, Floor
 from convbert_deploy.benchmarking.options import BenchOptions
 from convbert_deploy.benchmarking.timing import Interval, median_interval, percentile
-from convbert_deploy.benchmarking.warnings import BenchmarkWarning
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkWarning:
+    """``code`` is stable, for programs; ``text`` is for people. An empty ``candidate`` means all of
+    them, an empty ``point`` the whole run."""
+
+    code: str
+    candidate: str
+    point: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)

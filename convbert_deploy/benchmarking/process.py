@@ -171,6 +171,9 @@ class _Patient:
 class WorkerSubject:
     """A started Worker as a Subject of the benchmark."""
 
+    # A worker is waited for until its threads are quiet, which takes 12 to 60 ms.
+    turn_ms = 10.0
+
     def __init__(self, worker: Worker, facts: CandidateFacts, *, essential: bool) -> None:
         self.name, self.essential, self._worker = worker.name, essential, worker
         ready = worker.ready
@@ -199,8 +202,8 @@ class WorkerSubject:
         )
         return Prepared(answer["prepare_ms"])
 
-    def run_ms(self) -> float:
-        return self._worker.ask({"op": "run"})[0]["ms"]
+    def runs_ms(self, count: int) -> list[float]:
+        return self._worker.ask({"op": "run", "count": count})[0]["ms"]
 
     def answers(self) -> Mapping[str, np.ndarray]:
         return self._worker.ask({"op": "answer"})[1]

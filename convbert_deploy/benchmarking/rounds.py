@@ -1,7 +1,8 @@
 """How fast is each candidate? Paired, interleaved runs; every raw time kept.
 
-At each case all candidates take turns: one run of each is a round. A machine that slows down
+At each case all candidates take turns: one turn of each is a round. A machine that slows down
 half-way slows all of them, and as the ratio to the baseline is taken within a round, that cancels.
+A turn is one run, or as many as make handing over to another process worth its time; each is kept.
 The order is turned from round to round, so that no candidate always runs on the heels of the same
 other. Candidates say themselves what a run cost: nothing here needs a clock to be tested.
 """
@@ -21,12 +22,13 @@ from convbert_deploy.benchmarking.cases import Case, Point
 from convbert_deploy.benchmarking.floor import Ceiling, Costs
 from convbert_deploy.benchmarking.measurement import (
     BenchmarkReport,
+    BenchmarkWarning,
     CandidateFacts,
     LeftOut,
     Measurement,
 )
 from convbert_deploy.benchmarking.options import BenchOptions, StopRule, is_precise
-from convbert_deploy.benchmarking.warnings import BenchmarkWarning, drift_warnings, warnings_for
+from convbert_deploy.benchmarking.warnings import drift_warnings, warnings_for
 from convbert_deploy.errors import ConvBertDeployError
 
 _Any = TypeVar("_Any")
@@ -51,19 +53,21 @@ class Subject(Protocol):
     """Something to time, one case at a time. ``name`` is unique in a benchmark.
 
     essential: its failure ends the benchmark; another is left out. ``facts`` may change with the
-    case (a runtime that compiles for each shape).
+    case (a runtime that compiles for each shape). turn_ms: a turn of less time than this is not
+    worth handing over to the next candidate.
     """
 
     name: str
     essential: bool
     facts: CandidateFacts
+    turn_ms: float
 
     def open(self, case: Case) -> Prepared:
         """Take the inputs; whatever the runtime does once per shape happens here."""
         ...
 
-    def run_ms(self) -> float:
-        """Compute the opened case once: milliseconds of the computation alone."""
+    def runs_ms(self, count: int) -> list[float]:
+        """Compute the opened case ``count`` times: milliseconds of each computation alone."""
         ...
 
     def answers(self) -> Mapping[str, np.ndarray]:
@@ -104,6 +108,7 @@ class InProcess:
     """A Candidate as a Subject."""
 
     essential = True
+    turn_ms = 0.0
 
     def __init__(self, candidate: Candidate, timer: Timer) -> None:
         self.name, self.facts = candidate.name, CandidateFacts()
@@ -114,11 +119,11 @@ class InProcess:
         self._batches = case.batches
         return Prepared()
 
-    def run_ms(self) -> float:
-        return sum(
-            self._timer.time_ms(functools.partial(self._runner.infer, batch))
-            for batch in self._batches
-        )
+    def runs_ms(self, count: int) -> list[float]:
+        return [sum(map(self._time_ms, self._batches)) for _ in range(count)]
+
+    def _time_ms(self, batch: Batch) -> float:
+        return self._timer.time_ms(functools.partial(self._runner.infer, batch))
 
     def answers(self) -> Mapping[str, np.ndarray]:
         return {}
@@ -272,18 +277,21 @@ class _Session:
         # In turns, as in the rounds: a candidate must be warm beside the others, not alone.
         for _ in range(self._options.warmup):
             for subject in tuple(state.running):
-                spent = self._try(subject, state, case, subject.run_ms)
+                spent = self._try(subject, state, case, lambda s=subject: s.runs_ms(1))
                 if spent is not None:
-                    state.first.setdefault(subject.name, spent)
+                    state.first.setdefault(subject.name, spent[0])
+                    state.warm[subject.name] = spent[0]
 
     def _rounds(self, state: _CaseState, case: Case) -> None:
         rule = StopRule(self._options, self._baseline)
+        wanted = runs_in_turn(state.running, state.warm)
         done = 0
         while not rule.done(state.times):
+            count = min(wanted, self._options.max_runs - len(state.times[self._baseline]))
             for subject in turn(tuple(state.running), done):
-                spent = self._try(subject, state, case, subject.run_ms)
+                spent = self._try(subject, state, case, lambda s=subject, n=count: s.runs_ms(n))
                 if spent is not None:
-                    state.times[subject.name].append(spent)
+                    state.times[subject.name] += spent
             done += 1
 
 
@@ -293,6 +301,8 @@ class _CaseState:
     def __init__(self, running: list[Subject]) -> None:
         self.running = running
         self.first: dict[str, float] = {}
+        #: of the last run before the rounds
+        self.warm: dict[str, float] = {}
         self.times: dict[str, list[float]] = {subject.name: [] for subject in running}
         self._prepared: dict[str, Prepared] = {}
         self._answers: dict[str, Mapping[str, np.ndarray]] = {}
@@ -357,6 +367,14 @@ def largest_difference(
             return None
         largest = max(largest or 0.0, difference)
     return largest
+
+
+def runs_in_turn(subjects: Sequence[Subject], warm: Mapping[str, float]) -> int:
+    """As many runs of the fastest as fit the longest ``turn_ms``, at least one; the same number for
+    all, as the runs of a round are compared with one another. warm: milliseconds of a run."""
+    fastest = min((warm[subject.name] for subject in subjects if subject.name in warm), default=0.0)
+    longest = max(subject.turn_ms for subject in subjects)
+    return max(1, int(longest / fastest)) if fastest > 0 else 1
 
 
 def turn(subjects: Sequence[_Any], round_index: int) -> list[_Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from convbert_deploy.benchmarking.measurement import BenchmarkWarning, Measurement
 from convbert_deploy.benchmarking.timing import OUTLIER_SCORE, modified_z_scores
-
-if TYPE_CHECKING:
-    from convbert_deploy.benchmarking.measurement import Measurement
 
 #: p99 of fewer runs than this is an interpolation towards the single slowest one.
 _RUNS_FOR_P99 = 100
@@ -28,17 +24,6 @@ _DRIFT, _COMMON_DRIFT = 0.10, 0.05
 _DIFFERENCE = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.3, "int8": 1.0, "fp8": 1.0}
 #: Below this the clock's own cost and the Python call count.
 _SHORT_MS = 0.05
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchmarkWarning:
-    """``code`` is stable, for programs; ``text`` is for people. An empty ``candidate`` means all of
-    them, an empty ``point`` the whole run."""
-
-    code: str
-    candidate: str
-    point: str
-    text: str
 
 
 def warnings_for(measurement: Measurement, warmup: int) -> Iterator[BenchmarkWarning]:

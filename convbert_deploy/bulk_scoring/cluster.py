@@ -199,7 +199,7 @@ def reports(job: Job, shards: Sequence[Shard], workers: int, gpus: int) -> Itera
 
 
 def _quieten(context: Any) -> None:
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     if hasattr(context, "max_consecutive_actor_init_deaths"):

@@ -15,7 +15,8 @@ from convbert_deploy import __version__
 from convbert_deploy.bulk_scoring.columns import reserved_names
 from convbert_deploy.bulk_scoring.folder import BulkFolder
 from convbert_deploy.bulk_scoring.options import BulkOptions
-from convbert_deploy.bulk_scoring.plan import Plan, Shard, Source, find_files, input_root, make_plan
+from convbert_deploy.bulk_scoring.plan import Plan, Shard, Source
+from convbert_deploy.bulk_scoring.planning import find_files, input_root, make_plan
 from convbert_deploy.bulk_scoring.rows import request_object
 from convbert_deploy.bulk_scoring.shard_scoring import Job, ShardResult, engine_sha256
 from convbert_deploy.engine import Engine

@@ -28,12 +28,12 @@ from convbert_deploy.errors import (
 )
 from convbert_deploy.plugin_library import ort_library, tensorrt_library
 from convbert_deploy.provenance import atomic_directory, atomic_file, sha256_of_file
+from convbert_deploy.serving.probe import REPOSITORY_MANIFEST
 from convbert_deploy.tolerances import tolerance_for
 from convbert_deploy.triton.config import ModelOptions, TritonBackend, output_dims, triton_backend
 from convbert_deploy.triton.model_folders import write_engine_model, write_text_model
 from convbert_deploy.triton.sample_requests import sample_request
 
-REPOSITORY_MANIFEST = "convbert_manifest.json"
 PLUGINS = "plugins"
 _SCHEMA = 1
 #: what versions of a model share, as they share a config

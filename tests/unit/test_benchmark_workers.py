@@ -17,7 +17,7 @@ from convbert_deploy.benchmarking.cases import Case, Point
 from convbert_deploy.benchmarking.measurement import CandidateFacts
 from convbert_deploy.benchmarking.options import BenchOptions
 from convbert_deploy.benchmarking.process import Worker, WorkerCommand, WorkerSubject, cores_for
-from convbert_deploy.benchmarking.rounds import CandidateFailed, measure_cases
+from convbert_deploy.benchmarking.rounds import CandidateFailed, measure_cases, runs_in_turn
 from convbert_deploy.benchmarking.worker.frames import FrameError, read_frame, write_frame
 from convbert_deploy.benchmarking.worker.serve import error_header, peak_bytes, unpacked
 
@@ -96,6 +96,34 @@ def test_ratios_are_paired_across_processes(monkeypatch):
     assert (facts.weights_bytes, facts.notes) == (400, ("note",)), "as the case made them"
     assert facts.ready_ms > 0
     json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_short_runs_share_a_turn_and_each_is_kept(monkeypatch):
+    asked = []
+    ask = Worker.ask
+
+    def listening(self, header, *arguments, **more):
+        if header["op"] == "run":
+            asked.append((self.name, header["count"]))
+        return ask(self, header, *arguments, **more)
+
+    monkeypatch.setattr(Worker, "ask", listening)
+    slow, fast = [8.0 + number for number in range(12)], [2.0 + number for number in range(12)]
+    report = _measure(monkeypatch, {"base": _command([9, *slow]), "fast": _command([2, *fast])})
+    assert report.at("base", _POINTS[0]).times_ms == tuple(slow)
+    assert report.at("fast", _POINTS[0]).times_ms == tuple(fast)
+    # one run each to warm up; then 10 ms hold five of the faster; the last turn has what is left
+    turns = [count for name, count in asked if name == "fast"]
+    assert turns == [count for name, count in asked if name == "base"] == [1, 5, 5, 2]
+    assert asked[2:6] == [("base", 5), ("fast", 5), ("fast", 5), ("base", 5)]
+
+
+def test_a_run_longer_than_a_turn_is_a_turn(monkeypatch):
+    monkeypatch.setattr(WorkerSubject, "turn_ms", 10.0)
+    subject = WorkerSubject.__new__(WorkerSubject)
+    subject.name = "a"
+    assert [runs_in_turn([subject], {"a": ms}) for ms in (100.0, 10.0, 9.0, 1.0)] == [1, 1, 1, 10]
+    assert runs_in_turn([subject], {}) == 1, "no warm-up run"
 
 
 def test_a_peer_that_dies_is_left_out_for_good_and_the_others_go_on(monkeypatch):

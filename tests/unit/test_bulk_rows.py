@@ -8,7 +8,7 @@ import pytest
 
 from convbert_deploy.bulk_scoring import lines as bulk_lines
 from convbert_deploy.bulk_scoring.options import BulkOptions
-from convbert_deploy.bulk_scoring.plan import find_files, make_plan
+from convbert_deploy.bulk_scoring.planning import find_files, make_plan
 from convbert_deploy.bulk_scoring.rows import merged_kind, read_rows, request_object
 from convbert_deploy.errors import InputError, OutputError
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import convbert_deploy.demonstration as demonstration
 from convbert_deploy.benchmarking import BenchOptions
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.errors import PluginError
+from convbert_deploy.triton.repository import Repository
 
 
 def test_agreement_counts_words():
@@ -19,8 +22,14 @@ def test_demo_on_the_sample(sample: Checkpoint, sample_texts, tmp_path, monkeypa
     result = demonstration.demo(sample, sample_texts, tmp_path)
     assert result.passed
     text = result.report.read_text()
-    for heading in ("## Export", "## Engines", "## Latency and throughput", "## Answers"):
-        assert heading in text
+    for heading in ("Export", "Engines", "Latency and throughput", "Answers", "Service"):
+        assert f"## {heading}" in text
+    scored = (tmp_path / "scored" / "part-00000.jsonl").read_text().splitlines()
+    answered = (tmp_path / "answered.jsonl").read_text().splitlines()
+    answers = [json.loads(line)["answer"] for line in scored]
+    agreed, words = demonstration._agreement(answered, answers)
+    assert agreed > 0.94 * words > 0
+    assert Repository.load(tmp_path / "service" / "models").name == "convbert_pos_brown_masked"
     share = float(text.rsplit("words (", 1)[1].split("%")[0])
     assert share > 94
     assert (tmp_path / "convbert-pos-brown.onnxruntime.fp32.engine" / "manifest.json").is_file()

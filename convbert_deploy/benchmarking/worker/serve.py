@@ -7,7 +7,8 @@ load        ``ready``: versions, arithmetic, load_ms, loaded_bytes, weights_byte
             convert_ms, the time of making the runtime's own file, in another process
 prepare     ``prepared``: prepare_ms, notes, weights_bytes. Takes ``count`` batches (and a last one
             to answer where ``check``); whatever the runtime does once per shape happens here
-run         ``ran``: ms of computing every batch once, inputs and outputs on the host
+run         ``ran``: ms, a list: of computing every batch once, ``count`` times; inputs and outputs
+            on the host
 answer      ``answered``: the outputs as arrays
 finish      ``finished``: peak_bytes since ``prepare``; the batches are let go
 call        ``called``: what the model's method of that name returns
@@ -132,12 +133,14 @@ class Worker:
             "weights_bytes": self._model.weights_bytes,
         }, {}
 
-    def _run(self, *_: Any) -> tuple[dict, dict]:
+    def _run(self, header: dict[str, Any], _: dict[str, np.ndarray]) -> tuple[dict, dict]:
         infer = self._model.infer
-        start = time.perf_counter_ns()
-        for feed in self._feeds:
-            infer(feed)
-        elapsed = (time.perf_counter_ns() - start) / 1e6
+        elapsed = []
+        for _run in range(header["count"]):
+            start = time.perf_counter_ns()
+            for feed in self._feeds:
+                infer(feed)
+            elapsed.append((time.perf_counter_ns() - start) / 1e6)
         wait_until_quiet()
         return {"op": "ran", "ms": elapsed}, {}
 
