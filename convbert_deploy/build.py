@@ -15,6 +15,7 @@ from convbert_deploy.build_cpu import (
     graph_with_layers,
     report_text,
 )
+from convbert_deploy.build_golden import check_golden, golden_within
 from convbert_deploy.build_precision import (
     CPU,
     check_attention,
@@ -35,7 +36,7 @@ from convbert_deploy.engine import (
     Manifest,
     platform_name,
 )
-from convbert_deploy.errors import EngineError, PluginError
+from convbert_deploy.errors import PluginError
 from convbert_deploy.graph import Graph, write_model
 from convbert_deploy.mapped_model import write_mapped_model
 from convbert_deploy.operators import DOMAIN, nodes_of, span_dynamic_conv
@@ -119,7 +120,8 @@ def build_engine(
             built = _build_plan(graph, folder, backend, profile, options)
             check_gemms(graph, built.plan.get("gemms"))
         _copy_tokenizer(options.tokenizer or graph.tokenizer_files, folder)
-        (folder / GOLDEN).write_text(json.dumps(graph.info.golden.to_json()))
+        golden = golden_within(graph, profile, progress)
+        (folder / GOLDEN).write_text(json.dumps(golden.to_json()))
         manifest = _manifest(graph, target.name, backend, profile, options, built, folder)
         _write_manifest(folder, manifest)
         if _runs_here(backend):
@@ -140,26 +142,6 @@ def resolve_backend(name: str) -> str:
     if name == "onnxruntime":
         return "onnxruntime-cuda" if cuda_available() else "onnxruntime-cpu"
     return name
-
-
-def check_golden(engine: Engine) -> float:
-    """Largest absolute difference to the eager model's golden answer.
-
-    Raises:
-        EngineError: outside the tolerance of the engine's backend and precision.
-    """
-    from convbert_deploy.tolerances import tolerance_for
-
-    with engine.runner() as runner:
-        difference = engine.golden.max_abs_difference(runner.infer(engine.golden.batch()))
-    tolerance = tolerance_for(engine.manifest.backend, engine.manifest.precision)
-    limit = tolerance.largest_abs(engine.golden.scale())
-    if not difference <= limit:
-        raise EngineError(
-            f"the engine answers its golden request wrongly: max abs difference {difference:.3g}, "
-            f"allowed {limit:.3g}"
-        )
-    return difference
 
 
 def _arithmetic(options: BuildOptions, backend: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from convbert_deploy.architecture import Task
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.errors import GraphError, MissingDependencyError
-from convbert_deploy.golden import GoldenOutput, GoldenRequest
+from convbert_deploy.golden import GoldenRequest
 from convbert_deploy.graph import GraphInfo, set_info, write_graph
 from convbert_deploy.precision import Precision
 
@@ -108,24 +108,14 @@ def traced_graph(eager: Any, task: Task, padding: str = "hf") -> onnx.ModelProto
 
 
 def golden_request(checkpoint: Checkpoint, eager: Any, padding: str) -> GoldenRequest:
-    """A full row and a right-padded one of random ids, answered by the eager model.
-
-    Of a masked graph's per-token outputs only full rows are kept: what stands at a pad is not
-    defined there.
-    """
+    """Two rows of random ids (``parity_cases.golden_batch``), answered by the eager model."""
     from convbert_deploy.backends.eager import EagerRunner
-    from convbert_deploy.parity_cases import random_batch
+    from convbert_deploy.parity_cases import golden_batch
 
     seq = min(16, checkpoint.architecture.max_position_embeddings)
-    pooled = checkpoint.task in (Task.SEQUENCE_CLASSIFICATION, Task.MULTIPLE_CHOICE)
-    padded = seq > 1 and (pooled or padding == "hf")
-    batch = random_batch(checkpoint.architecture, checkpoint.task, 2, seq, padded=padded)
+    batch = golden_batch(checkpoint.architecture, checkpoint.task, padding, seq)
     with EagerRunner(eager, checkpoint.task, padding=padding) as runner:
-        outputs = runner.infer(batch)
-    return GoldenRequest(
-        inputs={name: array.tolist() for name, array in batch.items()},
-        outputs={name: GoldenOutput.of(array) for name, array in outputs.items()},
-    )
+        return GoldenRequest.of(batch, runner.infer(batch))
 
 
 def _trace(eager: Any, task: Task, padding: str) -> ir.Model:

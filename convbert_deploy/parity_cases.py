@@ -122,6 +122,16 @@ def random_batch(
     return _random_batch(architecture, shape, np.random.default_rng([seed, *shape.dims, padded]))
 
 
+def golden_batch(
+    architecture: Architecture, task: Task, padding: str, seq: int, *, choices: int = 2
+) -> Batch:
+    """A full row and a right-padded one. Of a masked graph's per-token outputs only full rows are
+    asked for: what stands at a pad is not defined there."""
+    pooled = task in (Task.SEQUENCE_CLASSIFICATION, Task.MULTIPLE_CHOICE)
+    padded = seq > 1 and (pooled or padding == "hf")
+    return random_batch(architecture, task, 2, seq, choices=choices, padded=padded)
+
+
 def _wanted(architecture: Architecture, task: Task, shapes: ParityShapes) -> Iterator[_Shape]:
     kernel, last = architecture.conv_kernel_size, architecture.max_position_embeddings
     seqs = set(shapes.seqs if shapes.seqs is not None else (1, 2, kernel - 1, 17, 128, last))

@@ -194,14 +194,18 @@ class _Asking(threading.Thread):
         expected = self._expectation
         assert expected.model is not None
         started = time.perf_counter()
-        outputs = _golden_outputs(self._client, expected.model, expected)
+        outputs = expected.golden.answered(self._infer, expected.rows)
         latency = 1e3 * (time.perf_counter() - started)
-        difference = _difference(expected.golden, outputs)
+        difference = expected.golden.max_abs_difference(outputs)
         result = ProbeResult(expected.model, True, difference, expected.allowed, latency)
         if not difference <= expected.allowed:
             error = _wrong(difference, expected.allowed, outputs)
             return dataclasses.replace(result, passed=False, error=error)
         return self._asked_in_words(result) if self._options.text else result
+
+    def _infer(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = tuple(self._expectation.golden.outputs)
+        return self._client.infer(str(self._expectation.model), batch, names)
 
     def _asked_in_words(self, result: ProbeResult) -> ProbeResult:
         expected = self._expectation
@@ -219,31 +223,6 @@ class _Asking(threading.Thread):
     def _failed(self, error: str) -> ProbeResult:
         model = self._expectation.model or ""
         return ProbeResult(model, False, math.inf, self._expectation.allowed, error=error)
-
-
-def _golden_outputs(client: Client, model: str, expected: Expectation) -> dict[str, np.ndarray]:
-    """Answers to the golden batch, sent in requests of as many rows as the model takes."""
-    batch, names = expected.golden.batch(), tuple(expected.golden.outputs)
-    count = len(next(iter(batch.values())))
-    parts = []
-    for first in range(0, count, expected.rows.max):
-        real = min(expected.rows.max, count - first)
-        # an engine with a smallest batch gets the last row again
-        rows = [min(first + i, count - 1) for i in range(max(real, expected.rows.min))]
-        sent = {name: array[rows] for name, array in batch.items()}
-        outputs = client.infer(model, sent, names)
-        parts.append({name: array[:real] for name, array in outputs.items() if array.ndim})
-    return {
-        name: np.concatenate([part[name] for part in parts])
-        for name in names
-        if all(name in part and part[name].shape[1:] == parts[0][name].shape[1:] for part in parts)
-    }
-
-
-def _difference(golden: GoldenRequest, outputs: dict[str, np.ndarray]) -> float:
-    if not all(name in outputs for name in golden.outputs):
-        return math.inf
-    return golden.max_abs_difference(outputs)
 
 
 def _wrong(difference: float, allowed: float, outputs: Mapping[str, np.ndarray]) -> str:
