@@ -4,6 +4,7 @@ this process starts on the loopback address; with ``--ray-client CPUS``, from ou
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,8 @@ def ray_head(cpus: str) -> Iterator[str]:
 
 
 def main() -> None:
+    # A shell that starts the tests in the background lets them, and so this process, ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         if sys.argv[1] == "--ray":
             start_ray(sys.argv[2])

@@ -80,18 +80,18 @@ def triton_environment() -> TritonEnvironment:
     if sys.platform != "linux":
         raise TritonUnavailableError(f"tritonserver is for Linux, this is {sys.platform}")
     library = _python_library()
-    wheel = _installed("server", _SERVER, "--no-deps")
+    wheel = installed("server", _SERVER, "--no-deps")
     server = wheel / "pytriton" / "tritonserver"
     stub = server / "python_backend_stubs" / _VERSION / "triton_python_backend_stub"
     if not stub.is_file():
         raise TritonUnavailableError(f"the tritonserver wheel has no stub for Python {_VERSION}")
-    packages = _installed("model", _model_requirements())
+    packages = installed("model", _model_requirements())
     _WORK.append(tempfile.TemporaryDirectory(prefix="convbert-triton-"))
     work = pathlib.Path(_WORK[-1].name)
     backends = work / "backends"
     shutil.copytree(server / "backends" / "python", backends / "python")
     shutil.copy2(stub, backends / "python")
-    model = _model_environment(work, packages)
+    model = environment_of(work / "environment", (packages, _copied_package(work)))
     return TritonEnvironment(server, backends, (wheel / "nvidia_pytriton.libs", library), model)
 
 
@@ -122,8 +122,12 @@ def _python_library() -> pathlib.Path:
     raise TritonUnavailableError(f"tritonserver's python backend needs {name}, which is not here")
 
 
-def _installed(kind: str, requirements: Sequence[str], *arguments: str) -> pathlib.Path:
-    """Folder that pip installed the requirements into, now or in an earlier run."""
+def installed(kind: str, requirements: Sequence[str], *arguments: str) -> pathlib.Path:
+    """Folder that pip installed the requirements into, now or in an earlier run.
+
+    Raises:
+        TritonUnavailableError: pip cannot get them.
+    """
     key = hashlib.sha256("\n".join((_VERSION, *requirements, *arguments)).encode()).hexdigest()
     target = _CACHE / f"{kind}-{key[:12]}"
     _CACHE.mkdir(parents=True, exist_ok=True)
@@ -150,8 +154,8 @@ def _pip(*arguments: str) -> None:
         )
 
 
-def _model_environment(work: pathlib.Path, packages: pathlib.Path) -> pathlib.Path:
-    """A virtual environment that sees ``packages`` and a copy of this package with its libraries.
+def _copied_package(work: pathlib.Path) -> pathlib.Path:
+    """A folder with a copy of this package and its libraries.
 
     A copy, because a server that runs must not see a checkout change under it; and because an
     editable install keeps the native libraries elsewhere than the sources.
@@ -165,12 +169,16 @@ def _model_environment(work: pathlib.Path, packages: pathlib.Path) -> pathlib.Pa
         path = plugin_library.available()[short]
         if path is not None:
             shutil.copy2(path, libraries)
-    environment = work / "environment"
-    command = [sys.executable, "-m", "venv", "--without-pip", str(environment)]
+    return copy
+
+
+def environment_of(folder: pathlib.Path, packages: Sequence[pathlib.Path]) -> pathlib.Path:
+    """A virtual environment made in ``folder`` that sees the packages in these folders."""
+    command = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
-    site = environment / "lib" / f"python{_VERSION}" / "site-packages"
-    (site / "model.pth").write_text(f"{packages}\n{copy}\n")
-    return environment
+    site = folder / "lib" / f"python{_VERSION}" / "site-packages"
+    (site / "model.pth").write_text("".join(f"{path}\n" for path in packages))
+    return folder
 
 
 class TritonServer:
