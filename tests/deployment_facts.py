@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from convbert_deploy.triton.deployment import DeploymentFacts
 
-CPU = DeploymentFacts("tagger", "python", "0.1.0", golden_text='{"text": "It\'s $5."}')
+CPU = DeploymentFacts(
+    "tagger",
+    "python",
+    "0.1.0",
+    golden_text='{"text": "It\'s $5."}',
+    runtime="onnxruntime==1.31.1",
+)
 PLAN = DeploymentFacts(
     "My_Model.v2",
     "tensorrt",

@@ -120,6 +120,15 @@ def test_facts_come_from_the_manifests(tmp_path):
     facts = facts_of(repository, engine)
     assert (facts.tensorrt_version, facts.plugin_library, facts.needs_gpu) == (None, None, False)
     assert (facts.extras, facts.golden_text) == (("serve", "ort"), None)
+    assert facts.runtime is None, "an engine that does not say what it was built with"
+    built.versions["onnxruntime"] = "1.31.1"
+    assert facts_of(repository, engine).runtime == "onnxruntime==1.31.1"
+    built.backend = "tensorrt"  # in the python backend: --own-runner
+    facts = facts_of(repository, engine)
+    assert (facts.extras, facts.runtime) == (("serve", "tensorrt"), "tensorrt==10.13.3.9")
+    built.versions["tensorrt"] = "10.13; rm -rf /"
+    with pytest.raises(EngineError, match="runtime .* has characters"):
+        facts_of(repository, engine)
 
 
 # --- run.sh
@@ -202,6 +211,8 @@ def test_image(written):
     assert ("libnvinfer.so.10.13.3'" in text) is (facts.backend == "tensorrt")
     assert ("COPY plugins/ /plugins/" in text) is (facts.plugin_library is not None)
     assert f"/convbert_deploy-{facts.package_version}-*.whl" in text and "'numpy<2'" in text
+    pinned = re.findall(r" ([a-z-]+==\S+) ", joined)
+    assert pinned == [facts.runtime] * (facts.runtime is not None)
     copied = re.findall(r"^COPY (\S+) ", text, re.MULTILINE)
     kept = {line[1:] for line in (folder / ".dockerignore").read_text().splitlines()[1:]}
     assert {path.rstrip("/") for path in copied} == kept

@@ -20,12 +20,13 @@ IMAGE_FOLDER = "/opt/convbert"
 #: python: our CPU engine in Triton's python backend
 Backend = Literal["python", "onnxruntime", "tensorrt"]
 
-#: what the python backend needs to run an engine itself; Triton's own backends need nothing
-_RUNTIME_EXTRAS = {
-    "onnxruntime-cpu": ("ort",),
-    "onnxruntime-cuda": ("ort-gpu",),
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt-rtx",),
+#: what the python backend needs to run an engine itself (Triton's own backends need nothing): the
+#: extra of convbert-deploy, the distribution, and its name among an engine's versions
+_RUNTIMES = {
+    "onnxruntime-cpu": ("ort", "onnxruntime", "onnxruntime"),
+    "onnxruntime-cuda": ("ort-gpu", "onnxruntime-gpu", "onnxruntime"),
+    "tensorrt": ("tensorrt", "tensorrt", "tensorrt"),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx", "tensorrt_rtx"),
 }
 
 _BACKENDS = ("python", "onnxruntime", "tensorrt")
@@ -34,6 +35,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FOLDER = re.compile(r"(/[A-Za-z0-9][A-Za-z0-9._-]*)+")
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+)*([.+-]?[A-Za-z0-9]+)*")
+_REQUIREMENT = re.compile(rf"[a-z-]+=={_VERSION.pattern}")
 #: a Kubernetes label has 63 characters; the chart appends up to ten
 _LONGEST_NAME = 50
 #: less than the ten seconds after which Docker and Kubernetes end the probe
@@ -56,7 +58,8 @@ class DeploymentFacts:
     triton_image: the server image to build on. image: name and tag of the image that is built.
     golden_text: the repository's golden request in words, None where it has none. The probe sends
     it too, so that the death of the text model's process is seen. extras: of convbert-deploy, that
-    the python models need.
+    the python models need. runtime: what runs the engine in the python backend, as pip takes it, in
+    the version it was built and checked with: ``onnxruntime==1.31.1``.
 
     Raises:
         EngineError: a name, version or port that the files cannot hold.
@@ -79,6 +82,7 @@ class DeploymentFacts:
     plugin_folder: str = "/plugins"
     golden_text: str | None = None
     extras: tuple[str, ...] | None = None
+    runtime: str | None = None
 
     def __post_init__(self) -> None:
         _check("model name", self.model, _NAME)
@@ -91,6 +95,8 @@ class DeploymentFacts:
             _check("plugin library", self.plugin_library, _NAME)
         if self.tensorrt_version is not None:
             _check("TensorRT version", self.tensorrt_version, _VERSION)
+        if self.runtime is not None:
+            _check("runtime", self.runtime, _REQUIREMENT)
         _check("plugin folder", self.plugin_folder, _FOLDER)
         if self.backend not in _BACKENDS:
             raise EngineError(f"backend {self.backend!r}, expected one of {', '.join(_BACKENDS)}")
@@ -133,6 +139,7 @@ class DeploymentFacts:
             "plugin": self.plugin_library is not None,
             "tensorrt_plugin": self.plugin_library is not None and self.backend == "tensorrt",
             "tensorrt": self.backend == "tensorrt",
+            "runtime": self.runtime is not None,
         }
 
     def values(self) -> dict[str, str]:
@@ -150,6 +157,7 @@ class DeploymentFacts:
             "package_version": self.package_version,
             "chart_version": _semantic(self.package_version),
             "extras": ",".join(extras),
+            "runtime": self.runtime or "",
             "tensorrt_version": self.tensorrt_version or "none",
             "tensorrt_library": ".".join((self.tensorrt_version or "").split(".")[:3]),
             "plugin_library": self.plugin_library or "",
@@ -198,7 +206,11 @@ def facts_of(repository: Repository, engine: Engine, **changes: Any) -> Deployme
     packaged, built = repository.manifest, engine.manifest
     backend, golden_text = packaged["triton_backend"], packaged.get("golden_text")
     tensorrt = built.versions.get("tensorrt") if backend == "tensorrt" else None
-    runtime = _RUNTIME_EXTRAS.get(built.backend, ()) if backend == "python" else ()
+    extras, runtime = ("serve",), None
+    if backend == "python":
+        extra, distribution, name = _RUNTIMES[built.backend]
+        extras = (*extras, extra)
+        runtime = f"{distribution}=={built.versions[name]}" if name in built.versions else None
     facts = {
         "model": packaged["text_model"],
         "backend": backend,
@@ -210,7 +222,8 @@ def facts_of(repository: Repository, engine: Engine, **changes: Any) -> Deployme
         "max_batch_size": packaged["max_batch_size"],
         "repository": repository.path.name,
         "golden_text": json.dumps(golden_text["request"]) if golden_text else None,
-        "extras": ("serve", *runtime),
+        "extras": extras,
+        "runtime": runtime,
     }
     return DeploymentFacts(**(facts | changes))
 

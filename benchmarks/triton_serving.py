@@ -1,6 +1,6 @@
 """Engines behind a real Triton server, beside the eager model behind the same server.
 
-``python benchmarks/serving.py CKPT --engine base.fp32.engine --engine base.int8.engine --texts
+``python benchmarks/triton_serving.py CKPT --engine base.fp32.engine --engine base.int8.engine --texts
 texts.txt --threads 2``. Every server runs for the whole time and is asked in turns, ``--rounds``
 times, by the client of ``convbert-deploy load``; medians of the rounds. The peer is what a user would
 write: transformers' tokenizer and model in a python model that pads each batch to its longest text.
