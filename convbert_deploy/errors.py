@@ -8,6 +8,8 @@ exception: it is a report whose ``passed`` is False (exit 1).
 
 from __future__ import annotations
 
+import sys
+
 
 class ConvBertDeployError(Exception):
     """Something the user can fix. ``str(error)`` is the message alone; ``hint`` may be None."""
@@ -46,10 +48,14 @@ class OutputError(ConvBertDeployError):
 
 
 class MissingDependencyError(ConvBertDeployError):
-    """A package that an optional feature needs and that is not installed."""
+    """A package that an optional feature needs and that is not installed, or that is and cannot be
+    imported: raised while the ImportError is handled, its message says which."""
 
     def __init__(self, package: str, *, needed_for: str, extra: str) -> None:
+        failure = sys.exc_info()[1]
+        broken = isinstance(failure, ImportError) and not isinstance(failure, ModuleNotFoundError)
+        problem = f"cannot be imported: {failure}" if broken else "is not installed"
         super().__init__(
-            f"{needed_for} needs the package {package}, which is not installed",
+            f"{needed_for} needs the package {package}, which {problem}",
             hint=f"pip install 'convbert-deploy[{extra}]'",
         )

@@ -42,8 +42,6 @@ class LayerInputs(Generic[T]):
 
     rows: T
     row_starts: T
-    #: pads may not be attended to; None where no row is a pad (keep_pads 0)
-    attention_mask: T | None
     #: H -> 4 A: query, key, value, the convolution's value
     projections_weight: T
     projections_bias: T
@@ -67,14 +65,18 @@ class LayerInputs(Generic[T]):
     down_bias: T
     output_norm_weight: T
     output_norm_bias: T
+    #: pads may not be attended to; None where no row is a pad (keep_pads 0)
+    attention_mask: T | None = None
 
-    def in_order(self) -> list[T | None]:
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+    def in_order(self) -> list[T]:
+        """Without a mask it ends before it."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return values if self.attention_mask is not None else values[:-1]
 
     @classmethod
-    def from_order(cls, values: Sequence[T | None]) -> LayerInputs[T]:
+    def from_order(cls, values: Sequence[T]) -> LayerInputs[T]:
         """Raises TypeError for another number of values than there are inputs."""
-        return cls(*values)  # type: ignore[arg-type]
+        return cls(*values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,7 @@ def layer_node(
     """EncoderLayer as an ONNX node; ``inputs`` and ``output`` name tensors."""
     return onnx.helper.make_node(
         OP_TYPE,
-        [tensor or "" for tensor in inputs.in_order()],
+        inputs.in_order(),
         [output],
         name=name,
         domain=DOMAIN,

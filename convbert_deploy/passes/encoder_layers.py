@@ -210,7 +210,7 @@ class _Rewrite:
         self,
         layer: Layer,
         op_type: str,
-        inputs: list[ir.Value | None],
+        inputs: list[ir.Value],
         attributes: dict[str, int | float],
         *,
         outputs: int = 1,

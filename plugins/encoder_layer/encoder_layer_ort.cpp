@@ -14,22 +14,23 @@ constexpr char const* kFirstRowOnly = "first_row_only";
 constexpr char const* kThreadsKey = "custom_op.EncoderLayer.threads";
 constexpr char const* kTimesKey = "custom_op.EncoderLayer.times";
 
-// Inputs by index.
+// Inputs by index. The optional one is the last, so that a node without it ends before it: ONNX
+// Runtime up to 1.23 crashes on a custom operator with an input that is named "".
 enum Input : size_t {
   kRows = 0,
   kRowStarts = 1,
-  kMask = 2,
-  kProjectionsWeight = 3,
-  kDepthwise = 5,
-  kPointwiseWeight = 6,
-  kGeneratorWeight = 8,
-  kAttentionOutputWeight = 10,
-  kAttentionGamma = 12,
-  kAttentionBeta = 13,
-  kUpWeight = 14,
-  kDownWeight = 16,
-  kOutputGamma = 18,
-  kOutputBeta = 19,
+  kProjectionsWeight = 2,
+  kDepthwise = 4,
+  kPointwiseWeight = 5,
+  kGeneratorWeight = 7,
+  kAttentionOutputWeight = 9,
+  kAttentionGamma = 11,
+  kAttentionBeta = 12,
+  kUpWeight = 13,
+  kDownWeight = 15,
+  kOutputGamma = 17,
+  kOutputBeta = 18,
+  kMask = 19,
   kInputs = 20,
 };
 

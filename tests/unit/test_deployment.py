@@ -211,7 +211,7 @@ def test_image(written):
     assert ("libnvinfer.so.10.13.3'" in text) is (facts.backend == "tensorrt")
     assert ("COPY plugins/ /plugins/" in text) is (facts.plugin_library is not None)
     assert f"/convbert_deploy-{facts.package_version}-*.whl" in text and "'numpy<2'" in text
-    pinned = re.findall(r" ([a-z-]+==\S+) ", joined)
+    pinned = re.findall(r"^RUN .* ([a-z-]+==\S+) ", joined, re.MULTILINE)
     assert pinned == [facts.runtime] * (facts.runtime is not None)
     copied = re.findall(r"^COPY (\S+) ", text, re.MULTILINE)
     kept = {line[1:] for line in (folder / ".dockerignore").read_text().splitlines()[1:]}

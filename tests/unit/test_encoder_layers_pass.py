@@ -64,7 +64,9 @@ def test_a_masked_layer_leaves_pads_out():
     before, batch = layer_model(text), layer_batch()
     after, report = with_encoder_layers(before)
     assert report.complete
-    assert inputs_of(after).attention_mask == ""
+    assert inputs_of(after).attention_mask is None
+    (node,) = nodes_of(after, "EncoderLayer")
+    assert "" not in node.input, "ONNX Runtime up to 1.23 crashes on it"
     real = batch["attention_mask"] != 0
     found = run_reference(after, batch)["last"]
     np.testing.assert_allclose(found[real], answers(before, batch)["last"][real], atol=EXACT)
@@ -305,7 +307,7 @@ def test_a_wrong_rewrite_is_found(fault):
     elif fault == "taps reversed":
         change(inputs.depthwise_weight, lambda taps: taps[::-1].copy())
     elif fault == "masks dropped":
-        node.input[2] = ""
+        del node.input[-1]
     else:
         change(inputs.attention_norm_weight, lambda gamma: gamma[::-1].copy())
     expected = calibrated.run(before, batch)["logits"]
