@@ -1,97 +1,40 @@
-"""Statistics collected from a running graph: right, bounded, resumable."""
+"""Statistics collected from a running graph: right and bounded."""
 
 from __future__ import annotations
 
-import json
 import tracemalloc
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from convbert_deploy.backends.onnxruntime import OnnxRuntimeRunner
 from convbert_deploy.calibration.collect import CollectOptions, collect, sample_rows
 from convbert_deploy.calibration.observers import Observer
-from convbert_deploy.calibration.samples import CalibrationSamples, SampleRow
+from convbert_deploy.calibration.samples import CalibrationSamples
 from convbert_deploy.calibration.table import CalibrationTable
 from convbert_deploy.calibration.workspace import Workspace
 from convbert_deploy.errors import GraphError, InputError
 
-GRAPH = "a" * 64
-VOCABULARY, HIDDEN = 100, 24
-#: rows of the embedding table that hold them; no other id does
-NAN_ID, INFINITY_ID = 97, 98
-TENSORS = ("hidden", "relu", "pooled", "logits")
-#: several batches of these samples, none of the whole
-SMALL = CollectOptions(max_bytes=8 << 10, save_every=3, threads=1)
-
-
-def embeddings() -> np.ndarray:
-    table = np.random.default_rng(5).standard_t(4, size=(VOCABULARY, HIDDEN)).astype(np.float32)
-    table[NAN_ID, 3], table[INFINITY_ID, 7] = np.nan, -np.inf
-    return table
-
-
-def make_graph(rank: int = 2) -> onnx.ModelProto:
-    """Embeddings, and what is exact to compute from them; ``scores`` grows with length squared."""
-    axes = ["batch", "choices", "seq"] if rank == 3 else ["batch", "seq"]
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT64, axes)
-        for name in ("input_ids", "attention_mask", "token_type_ids")
-    ]
-    flat = "flat_ids" if rank == 3 else "input_ids"
-    nodes = [
-        helper.make_node("Gather", ["table", flat], ["hidden"]),
-        helper.make_node("Relu", ["hidden"], ["relu"]),
-        helper.make_node("ReduceMax", ["relu", "axis"], ["pooled"], keepdims=0),
-        helper.make_node("Transpose", ["hidden"], ["turned"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["hidden", "turned"], ["scores"]),
-        helper.make_node("MatMul", ["pooled", "classifier"], ["logits"]),
-    ]
-    weights = {
-        "table": embeddings(),
-        "classifier": np.eye(HIDDEN, 3, dtype=np.float32),
-        "axis": np.array([1]),
-    }
-    if rank == 3:
-        nodes.insert(0, helper.make_node("Reshape", ["input_ids", "rows"], ["flat_ids"]))
-        nodes.insert(0, helper.make_node("Concat", ["minus", "length"], ["rows"], axis=0))
-        nodes.insert(0, helper.make_node("Shape", ["input_ids"], ["length"], start=2))
-        weights["minus"] = np.array([-1])
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        inputs,
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+from collected import (
+    GRAPH,
+    HIDDEN,
+    INFINITY_ID,
+    NAN_ID,
+    SMALL,
+    TENSORS,
+    embeddings,
+    hidden_rows,
+    make_graph,
+    make_samples,
+    row_of,
+)
 
 
 @pytest.fixture
 def workspace():
     with Workspace.open(make_graph()) as opened:
         yield opened
-
-
-def row_of(number: int, ids, mask=None) -> SampleRow:
-    ids = np.asarray(ids, np.int64)
-    mask = np.ones_like(ids) if mask is None else np.asarray(mask, np.int64)
-    return SampleRow(
-        number, {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    )
-
-
-def make_samples(count: int = 40, *, seed: int = 0, longest: int = 12) -> CalibrationSamples:
-    random = np.random.default_rng(seed)
-    lengths = random.integers(2, longest + 1, count)
-    rows = [row_of(n, random.integers(0, 90, length)) for n, length in enumerate(lengths, 1)]
-    return CalibrationSamples("texts.jsonl", "line", tuple(rows))
-
-
-def hidden_rows(samples: CalibrationSamples) -> np.ndarray:
-    return np.concatenate([embeddings()[row.inputs["input_ids"]] for row in samples.rows])
 
 
 def test_statistics_are_those_of_all_tokens(workspace):
@@ -212,132 +155,6 @@ def test_tensors_that_cannot_be_observed(workspace):
         )
     with pytest.raises(InputError, match="max_bytes is 0"):
         CollectOptions(max_bytes=0)
-
-
-class Killed(Exception):
-    pass
-
-
-def killed_after(calls: int):
-    def progress(done, total):
-        nonlocal calls
-        calls -= 1
-        if calls == 0:
-            raise Killed
-
-    return progress
-
-
-@pytest.mark.parametrize("calls", [3, 4, 5, 9])
-def test_interrupted_run_ends_with_exactly_the_same_table(workspace, tmp_path, calls):
-    samples, partial = make_samples(), tmp_path / "partial.json"
-    whole = collect(workspace, TENSORS, samples, GRAPH, SMALL)
-    notes, seen = [], []
-
-    with pytest.raises(Killed):
-        collect(
-            workspace, TENSORS, samples, GRAPH, SMALL, partial=partial, progress=killed_after(calls)
-        )
-    again = collect(
-        workspace,
-        TENSORS,
-        samples,
-        GRAPH,
-        SMALL,
-        partial=partial,
-        progress=lambda done, total: seen.append((done, total)),
-        note=notes.append,
-    )
-
-    assert again == whole
-    whole.save(tmp_path / "whole.json")
-    again.save(tmp_path / "again.json")
-    assert (tmp_path / "whole.json").read_bytes() == (tmp_path / "again.json").read_bytes()
-    assert f"{calls // 3 * 3} batches are done" in notes[0]
-    assert seen[-1] == (40, 40)
-    assert not partial.exists()
-    # what was done is not done again
-    assert len(seen) == len(list_batches(workspace, samples)) - calls // 3 * 3
-
-
-def list_batches(workspace, samples):
-    calls = []
-    collect(
-        workspace, TENSORS, samples, GRAPH, SMALL, progress=lambda *progress: calls.append(progress)
-    )
-    return calls
-
-
-def test_run_killed_twice_and_after_its_last_batch(workspace, tmp_path):
-    samples, partial = make_samples(), tmp_path / "partial.json"
-    options = CollectOptions(max_bytes=8 << 10, save_every=1, threads=1)
-    whole = collect(workspace, TENSORS, samples, GRAPH, options)
-    batches = len(list_batches(workspace, samples))
-
-    for calls in (2, 3, batches - 5):
-        with pytest.raises(Killed):
-            collect(
-                workspace,
-                TENSORS,
-                samples,
-                GRAPH,
-                options,
-                partial=partial,
-                progress=killed_after(calls),
-            )
-
-    assert json.loads(partial.read_text())["batches"] == batches
-    assert collect(workspace, TENSORS, samples, GRAPH, options, partial=partial) == whole
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"graph_sha256": "c" * 64},
-        {"samples": make_samples(seed=1)},
-        {"tensors": ("hidden", "relu")},
-        {"options": CollectOptions(max_bytes=4 << 10, save_every=3, threads=1)},
-        {"options": CollectOptions(max_bytes=8 << 10, save_every=3, threads=1, histograms=False)},
-    ],
-    ids=["graph", "data", "tensors", "max-bytes", "histograms"],
-)
-def test_partial_state_of_another_run_is_not_used(workspace, tmp_path, change):
-    partial, notes = tmp_path / "partial.json", []
-    arguments = {
-        "tensors": TENSORS,
-        "samples": make_samples(),
-        "graph_sha256": GRAPH,
-        "options": SMALL,
-    }
-    with pytest.raises(Killed):
-        collect(workspace, **arguments, partial=partial, progress=killed_after(5))
-    assert partial.exists()
-
-    changed = arguments | change
-    found = collect(workspace, **changed, partial=partial, note=notes.append)
-
-    assert found == collect(workspace, **changed)
-    assert "state of another calibration" in notes[0]
-    assert not partial.exists()
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"schema": 1}', None])
-def test_damaged_partial_state_is_not_used(workspace, tmp_path, damage):
-    samples, partial, notes = make_samples(), tmp_path / "partial.json", []
-    with pytest.raises(Killed):
-        collect(
-            workspace, TENSORS, samples, GRAPH, SMALL, partial=partial, progress=killed_after(5)
-        )
-    if damage is None:
-        data = json.loads(partial.read_text())
-        data["observers"]["relu"]["count"] += 1
-        damage = json.dumps(data).encode()
-    partial.write_bytes(damage)
-
-    found = collect(workspace, TENSORS, samples, GRAPH, SMALL, partial=partial, note=notes.append)
-
-    assert found == collect(workspace, TENSORS, samples, GRAPH, SMALL)
-    assert "starting anew" in notes[0]
 
 
 def peak_of(call, argument) -> int:
