@@ -22,8 +22,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests")
 
 from convbert_deploy.checkpoint import Checkpoint
 from convbert_deploy.engine import Engine
+from convbert_deploy.serving.client import ANSWER, REQUEST
 from convbert_deploy.serving.load import LoadLevel, LoadOptions, load, read_requests
-from convbert_deploy.triton.config import ANSWER, REQUEST
 from convbert_deploy.triton.repository import TritonOptions, package_triton
 
 from serving.triton_server import TritonServer, environment_of, installed, triton_environment

@@ -20,7 +20,7 @@ import numpy as np
 from convbert_deploy.backends.base import Batch
 from convbert_deploy.errors import ConvBertDeployError, InputError, MissingDependencyError
 
-#: tensors of the text model: a request and its answer, both UTF-8
+#: tensors of the text model: JSON or plain text in, the Scorer's answer as JSON out, both UTF-8
 REQUEST, ANSWER = "REQUEST", "ANSWER"
 #: port of Triton's metrics where nothing else is said
 METRICS_PORT = 8002

@@ -14,10 +14,8 @@ from convbert_deploy.architecture import Task
 from convbert_deploy.backends.buckets import Buckets, length_profiles
 from convbert_deploy.engine import Engine, Manifest
 from convbert_deploy.precision import Precision
+from convbert_deploy.serving.client import ANSWER, REQUEST
 from convbert_deploy.serving.requests import INPUT_NAMES
-
-#: the text model's tensors: JSON or plain text in, the Scorer's answer as JSON out, both UTF-8
-REQUEST, ANSWER = "REQUEST", "ANSWER"
 
 #: sequence lengths that CPU engines and plans are warmed up at, with the longest they take
 WARM_LENGTHS = (32, 64, 128, 256, 512)

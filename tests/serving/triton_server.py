@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import os
 import pathlib
-import re
 import shutil
 import signal
 import socket
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 import convbert_deploy
 from convbert_deploy import plugin_library
 from convbert_deploy.provenance import atomic_directory
+from convbert_deploy.serving.client import metric, metrics_page
 
 _SERVER = ("nvidia-pytriton==0.7.0",)
 _CACHE = (
@@ -231,15 +231,7 @@ class TritonServer:
         Raises:
             KeyError: no such series.
         """
-        text = _get(f"http://{self.metrics_url}/metrics").decode()
-        found = [
-            float(value)
-            for series, value in re.findall(rf"^{name}(\{{.*\}})? (\S+)$", text, re.MULTILINE)
-            if all(f'{key}="{label}"' in series for key, label in labels.items())
-        ]
-        if not found:
-            raise KeyError(f"{name} {labels}")
-        return sum(found)
+        return metric(metrics_page(self.metrics_url, timeout=10), name, **labels)
 
     def load(self, model: str) -> None:
         """Load the model; only with ``explicit``. One that is loaded and whose files are unchanged
