@@ -41,8 +41,8 @@ def main() -> None:
         elif op == "prepare":
             seen = arrays["0/input_ids"]
             if behaviour == "refuses":
-                error = {"op": "error", "kind": "ShapeError", "text": "too long", "hint": "cut it"}
-                write_frame(answers, error)
+                error = {"op": "error", "kind": "ShapeError", "text": "too long"}
+                write_frame(answers, error | {"hint": "cut it", "plain": True})
                 continue
             ready = {"op": "prepared", "prepare_ms": 3.0, "notes": ["note"], "weights_bytes": 400}
             write_frame(answers, ready)

@@ -134,7 +134,11 @@ class OnnxRuntimeRunner:
                 disabled_optimizers=[] if self._cuda else _SLOWER_ON_CPU,
             )
         except Exception as error:  # the binding raises its own unrelated types
-            raise EngineError(f"ONNX Runtime cannot load the graph: {error}") from error
+            rebuild = "an engine of another version is built again: build-engine GRAPH"
+            raise EngineError(
+                f"ONNX Runtime cannot load the graph: {error}",
+                hint=None if self._library is None else rebuild,
+            ) from error
         if self._cuda and "CUDAExecutionProvider" not in self._session.get_providers():
             raise EngineError(
                 "ONNX Runtime fell back to the CPU: its CUDA provider did not start",

@@ -114,9 +114,12 @@ class Worker:
             raise self._died()
         answer, outputs = frame
         if answer["op"] == "error":
-            # Errors that were written for people; of others the type says more than the text.
-            plain = answer["hint"] or answer["kind"] == "NotImplementedError"
-            text = answer["text"] if plain else f"{answer['kind']}: {_first_lines(answer['text'])}"
+            # Of an error that was not written for people the type says more than the text.
+            text = (
+                answer["text"]
+                if answer["plain"]
+                else f"{answer['kind']}: {_first_lines(answer['text'])}"
+            )
             raise CandidateFailed(f"{self.name}: {text}", hint=answer["hint"], gone=loading)
         return answer, outputs
 

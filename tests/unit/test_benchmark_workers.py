@@ -19,7 +19,9 @@ from convbert_deploy.benchmarking.options import BenchOptions
 from convbert_deploy.benchmarking.process import Worker, WorkerCommand, WorkerSubject, cores_for
 from convbert_deploy.benchmarking.rounds import CandidateFailed, measure_cases, runs_in_turn
 from convbert_deploy.benchmarking.worker.frames import FrameError, read_frame, write_frame
+from convbert_deploy.benchmarking.worker.refusal import CannotRun
 from convbert_deploy.benchmarking.worker.serve import error_header, peak_bytes, unpacked
+from convbert_deploy.errors import ConvBertDeployError
 
 _POINTS = (Point(1, 4), Point(2, 4))
 _OPTIONS = BenchOptions(min_time_s=0, min_runs=12, max_runs=12, warmup=1)
@@ -203,5 +205,8 @@ def test_what_the_worker_tells_of_itself():
     assert peak_bytes() > 1 << 20
     batches = unpacked({f"{i}/input_ids": np.full(1, i) for i in (0, 10, 9, 1)})
     assert [int(one["input_ids"][0]) for one in batches] == [0, 1, 9, 10]
-    told = error_header(NotImplementedError())
-    assert (told["kind"], told["text"]) == ("NotImplementedError", "NotImplementedError")
+    told = error_header(ZeroDivisionError())
+    assert (told["kind"], told["text"]) == ("ZeroDivisionError", "ZeroDivisionError")
+    hinted = ConvBertDeployError("too long", hint="cut it")
+    errors = (ZeroDivisionError("by 0"), hinted, CannotRun("no such product"))
+    assert [error_header(error)["plain"] for error in errors] == [False, True, True]

@@ -23,6 +23,7 @@ from convbert_deploy.graph import Graph
 from convbert_deploy.operators import nodes_of
 from convbert_deploy.operators.encoder_layer import LayerAttributes, LayerInputs
 from convbert_deploy.operators.packed_weight import WeightType, unpacked
+from convbert_deploy.plugin_library import ort_library
 from convbert_deploy.precision import Precision
 from convbert_deploy.verification import verify
 
@@ -60,6 +61,22 @@ def weight_types(model: onnx.ModelProto) -> dict[str, WeightType]:
         name: unpacked(calibrated.values(model, getattr(inputs, f"{name}_weight"))).type
         for name in names
     }
+
+
+def test_a_layer_of_another_version_says_how_to_build_it_again(built):
+    engine = built(FP32)
+    model = graph_of(engine)
+    node = nodes_of(model, "EncoderLayer")[0]
+    node.input.insert(2, "")  # where the optional mask once was
+    file = engine.path / "older.onnx"  # beside the weights that it refers to
+    onnx.save(model, file)
+    try:
+        runner = OnnxRuntimeRunner(file, library=ort_library())
+        with pytest.raises(EngineError, match="cannot load the graph") as error, runner:
+            pass
+    finally:
+        file.unlink()
+    assert "build-engine GRAPH" in error.value.hint
 
 
 @pytest.mark.parametrize(

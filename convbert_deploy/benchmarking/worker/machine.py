@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .refusal import CannotRun
 from .transformers_model import versions
 
 #: rows, inner, columns: products of a feed-forward block of the published sizes, and a large one.
@@ -147,7 +148,7 @@ def _ort_product(arithmetic: str, m: int, k: int, n: int, threads: int) -> tuple
                 "DynamicQuantizeMatMul", ["x", "w", "scale"], ["y"], domain="com.microsoft"
             )
         else:
-            raise NotImplementedError(arithmetic)
+            raise CannotRun(f"ONNX Runtime has no {arithmetic} product on CPUs")
         infos = [
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
             for name in ("x", "y")
@@ -174,7 +175,7 @@ def _ort_product(arithmetic: str, m: int, k: int, n: int, threads: int) -> tuple
 def _numpy_product(arithmetic: str, m: int, k: int, n: int) -> tuple[str, Any]:
     def make() -> Callable[[], Any]:
         if arithmetic != "fp32":
-            raise NotImplementedError(arithmetic)
+            raise CannotRun(f"numpy has no {arithmetic} product")
         rng = np.random.default_rng(0)
         a, b = rng.standard_normal((m, k), np.float32), rng.standard_normal((k, n), np.float32)
         return lambda: a @ b

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .apart import run_apart
+from .refusal import CannotRun
 from .transformers_model import INPUTS, example, load_model, one_shape, versions
 
 #: Batches that NNCF's statistics are taken on: the case's own, and others of its shape.
@@ -62,7 +63,7 @@ def for_batches(
     was done, for people.
 
     Raises:
-        NotImplementedError: int8 for batches of several shapes.
+        CannotRun: int8 for batches of several shapes.
     """
     fixed = one_shape(batches)
     if settings["precision"] != "int8":
@@ -72,7 +73,7 @@ def for_batches(
         reshape(model, batches[0])
         return model, ["compiled for each point's shape"]
     if not fixed:
-        raise NotImplementedError("NNCF's int8 needs one static shape, the texts have many")
+        raise CannotRun("NNCF's int8 needs one static shape, the texts have many")
     scratch = pathlib.Path(settings["scratch"])
     np.savez(scratch / "batch.npz", **batches[0])
     run_apart("openvino_peer:quantize", {**settings, "file": str(file)})

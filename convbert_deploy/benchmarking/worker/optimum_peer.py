@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .openvino_peer import computed_bytes, for_batches, properties
+from .refusal import CannotRun
 from .transformers_model import INPUTS, model_class_name, versions
 
 #: optimum-intel's class for each head of transformers' ConvBERT.
@@ -41,7 +42,7 @@ def _class(settings: dict[str, Any]) -> Any:
 
     name = model_class_name(settings["model"])
     if name not in _CLASSES:
-        raise NotImplementedError(f"optimum-intel has no class for {name}")
+        raise CannotRun(f"optimum-intel has no class for {name}")
     return getattr(optimum.intel, _CLASSES[name])
 
 

@@ -14,7 +14,8 @@ finish      ``finished``: peak_bytes since ``prepare``; the batches are let go
 call        ``called``: what the model's method of that name returns
 =========== ======================================================================================
 
-An exception is answered with ``error`` (kind, text, hint) and the loop goes on.
+An exception is answered with ``error`` (kind, text, hint, and plain: the text was written for
+people) and the loop goes on.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import numpy as np
 
 from .apart import run_apart
 from .frames import read_frame, write_frame
+from .refusal import CannotRun
 
 #: What ``load`` may ask for, and the module whose ``load(settings)`` makes it.
 LOADERS = {
@@ -74,11 +76,13 @@ def serve(questions: BinaryIO, answers: BinaryIO) -> None:
 
 
 def error_header(error: Exception) -> dict[str, Any]:
+    hint = getattr(error, "hint", None)
     return {
         "op": "error",
         "kind": type(error).__name__,
         "text": str(error) or type(error).__name__,
-        "hint": getattr(error, "hint", None),
+        "hint": hint,
+        "plain": hint is not None or isinstance(error, CannotRun),
     }
 
 
